@@ -1,0 +1,43 @@
+"""Where the tokens come from, and in which order."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training data. Every sequence is `seq_len + 1` token ids."""
+
+    train_data: tuple[str, ...] | None = None
+    """Tar shards, one entry per source: local paths, s3://, `pipe:COMMAND`, with {00..99} brace ranges;
+    `::` joins several patterns into one source."""
+
+    dataset_manifest: tuple[str, ...] | None = None
+    """Manifests, one per source: JSON lines {"shard": NAME, "num_sequences": N}; tars lie beside them."""
+
+    train_data_mix_weights: tuple[float, ...] | None = None
+    """One weight per source. They hold in every batch to within one sequence. Default: all sources alike."""
+
+    dataset_type: Literal["auto", "webdataset", "synthetic"] = "auto"
+    """`synthetic`: random tokens, to time a model without data."""
+
+    data_key: str = "txt"
+    """Which member of a tar sample holds the tokens: json, json.gz or txt."""
+
+    train_num_samples: int | None = None
+    """TOKENS (open_lm's name notwithstanding) in a checkpoint interval, i.e. in one of --epochs."""
+
+    dataset_resampled: bool = False
+    """Draw sequences with replacement, so that no source ever runs out."""
+
+    multiple_data_passes: bool = False
+    """Let a source be read again (reshuffled) once it is used up. Without it, too little data is an error."""
+
+    disable_buffer: bool = False
+    """Read the sequences of a shard in their stored order instead of shuffling them."""
+
+    workers: int = 1
+    """Data-loading processes per rank; 0 loads in the training process. Never changes the order."""
+
+    ignore_parse_errors: bool = False
+    """Skip (mask and count) a sample that cannot be read, instead of failing with its name."""

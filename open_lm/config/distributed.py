@@ -1,0 +1,32 @@
+"""Ranks and how the model is spread over them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Distribution. Launch with torchrun; several ranks without --fsdp means DDP."""
+
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer state over the ranks (FSDP2, one unit per block)."""
+
+    fsdp_amp: bool = False
+    """FSDP: gather parameters in bf16, reduce gradients in fp32."""
+
+    fsdp_pure_bf16: bool = False
+    """FSDP: gather parameters and reduce gradients in bf16."""
+
+    ddp_static_graph: bool = False
+    """DDP: static_graph=True."""
+
+    dist_url: str = "env://"
+    """Where ranks meet; torchrun sets env://."""
+
+    dist_backend: str | None = None
+    """Default: nccl on GPUs, gloo on CPUs."""
+
+    no_set_device_rank: bool = False
+    """Use device cuda:0 on every rank (when CUDA_VISIBLE_DEVICES shows one GPU to each process)."""
+
+    force_distributed: bool = False
+    """Make a process group even for one process."""
