@@ -8,10 +8,10 @@ class CheckpointConfig:
     """Checkpoints: LOGS/NAME/checkpoints/{epoch_N.pt, optimizer_N.pt, stats_N.pt}."""
 
     resume: str | None = None
-    """Continue from this epoch_N.pt, or `latest`: the newest of this run's folder, a new run if it has none."""
+    """Continue from this epoch_N.pt, or `latest`: the newest of this run's folder if any."""
 
     pretrained: str | None = None
-    """Start from these weights (epoch_N.pt, a bare state dict, .safetensors), with a new optimizer at step 0."""
+    """Start a new run from these weights: epoch_N.pt, a bare state dict, or .safetensors."""
 
     save_frequency: int = 1
     """Save every Nth interval; the last one is always saved. 0: only the last."""

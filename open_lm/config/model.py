@@ -16,9 +16,7 @@ NormName = Literal[
 FFNName = Literal["swiglu", "swiglu_torch", "gelu", "gemma_geglu"]
 PositionName = Literal["rotary", "head_rotary", "llama_rotary", "none"]
 AttentionName = Literal["auto", "xformers_attn", "xformers_attn_variable_length", "torch_attn", "custom_attn"]
-AttentionActivation = Literal[
-    "relu", "relu_squared", "softplus", "identity", "relu6", "sigmoid", "softmax"
-]
+AttentionActivation = Literal["relu", "relu_squared", "softplus", "identity", "relu6", "sigmoid", "softmax"]
 SequenceScalar = Literal["max", "avg", "none"]
 
 
@@ -94,7 +92,7 @@ class ModelConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one head. open_lm rounds down: 87m has d 488 and 12 heads of 40, so attention is 480 wide."""
+        """Width of a head, rounded down: 87m has d 488 and 12 heads of 40, so its attention is 480 wide."""
         return self.dim // self.n_heads
 
     @property

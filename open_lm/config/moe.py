@@ -8,7 +8,7 @@ from tyro.conf import arg
 
 @dataclass(frozen=True)
 class MoEConfig:
-    """Mixture of experts. The defaults are open_lm's: ungated tanh-GELU experts of width 4d, capacity 1.25."""
+    """Mixture of experts. Defaults are open_lm's: ungated tanh-GELU experts of width 4d, capacity 1.25."""
 
     freq: Annotated[int, arg(name="moe-freq")] = 0
     """Layer N is an MoE when N % freq == 0; 0: a dense model."""

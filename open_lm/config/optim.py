@@ -24,7 +24,7 @@ class OptimConfig:
     """Checkpoint intervals of --train-num-samples tokens (not passes over the data)."""
 
     max_steps: int | None = None
-    """End after this many steps with a checkpoint to resume from; the schedule stays that of the whole run."""
+    """End after this many steps, with a checkpoint to resume from; the schedule is still the whole run's."""
 
     optimizer: Literal["adamw"] = "adamw"
     """AdamW; no weight decay on norms and biases."""

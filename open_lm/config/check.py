@@ -1,0 +1,212 @@
+"""Contradictions between flags: one clear error, before any work."""
+
+from collections.abc import Collection
+from dataclasses import fields
+
+from open_lm.config.data import DataConfig
+from open_lm.config.distributed import DistributedConfig
+from open_lm.config.eval import EvalConfig
+from open_lm.config.later import LaterConfig
+from open_lm.config.optim import OptimConfig
+from open_lm.config.run import RunConfig
+
+REPORT_TARGETS = ("wandb", "tensorboard", "all")
+NOT_NEGATIVE = ("lr", "wd", "warmup", "eps", "lr_cooldown_end", "lr_cooldown_power", "force_min_lr",
+                "z_loss_coefficient")  # fmt: skip
+
+# What each flag of LaterConfig says. "Not yet" is an error; anything else one warning line.
+NOT_YET = "not yet"
+LATER = {
+    "train_data_upsampling_factors": f"{NOT_YET}: use --train-data-mix-weights",
+    "target_mask_left": NOT_YET,
+    "target_mask_individual": NOT_YET,
+    "squash_mask_left": NOT_YET,
+    "data_tolerate_error_p": "does nothing: exactly the requested tokens are read",
+    "data_tolerate_num_ckpts": "does nothing: exactly the requested tokens are read",
+    "hf_model": NOT_YET,
+    "hf_seq_len": NOT_YET,
+    "hf_fsdp_block": NOT_YET,
+    "torchscript": "does nothing: use --torchcompile",
+    "trace": "does nothing: use --torchcompile",
+    "use_bn_sync": "does nothing: there is no batch norm",
+    "moe_weight_parallelism": "does nothing: --fsdp shards the experts' weights",
+    "moe_expert_model_parallelism": NOT_YET,
+    "fsdp_cpu_offload": NOT_YET,
+    "fsdp_use_orig_params": "does nothing: FSDP2 always keeps the original parameters",
+    "fsdp_backward_prefetch": "does nothing: FSDP2 always prefetches the next block in the backward pass",
+    "fsdp_limit_all_gathers": "does nothing: FSDP2 bounds its gathered memory by itself",
+    "fsdp_checkpoint": "does nothing: use --grad-checkpointing",
+    "fsdp_hybrid": NOT_YET,
+    "fsdp_hybrid_o2": NOT_YET,
+    "preset_world_size": NOT_YET,
+    "log_logit_mean": NOT_YET,
+    "copy_codebase": NOT_YET,
+    "load_pretrained_state": NOT_YET,
+    "save_most_recent": NOT_YET,
+    "delete_previous_checkpoint": NOT_YET,
+    "remote_sync": NOT_YET,
+    "remote_sync_frequency": NOT_YET,
+    "remote_sync_protocol": NOT_YET,
+    "val_seq_ci": NOT_YET,
+    "val_tok_ci": NOT_YET,
+    "val_max_pop_ci": NOT_YET,
+    "val_iter_ci": NOT_YET,
+    "average": NOT_YET,
+    "average_coefficients": NOT_YET,
+    "averagers": NOT_YET,
+    "log_avg_model_training_loss": NOT_YET,
+    "distill_model": NOT_YET,
+    "distill_pretrained": NOT_YET,
+    "use_bnb_linear": NOT_YET,
+}
+
+
+def trains(run: RunConfig) -> bool:
+    """Whether the flags name training data."""
+    return bool(run.data.train_data or run.data.dataset_manifest) or run.data.dataset_type == "synthetic"
+
+
+def check(run: RunConfig, given: Collection[str]) -> list[str]:
+    """Raises ValueError on the first contradiction; returns one warning line per flag that does nothing."""
+    warnings = _check_later(run.later)
+    _check_data(run.data)
+    _check_eval(run.eval)
+    _check_optim(run.optim, given)
+    _check_distributed(run.distributed, run.optim, given)
+    _check_purpose(run)
+    for name in filter(None, run.log.report_to.split(",")):
+        if name not in REPORT_TARGETS:
+            raise ValueError(f"--report-to {run.log.report_to}: expected {', '.join(REPORT_TARGETS)}")
+    if run.log.log_every_n_steps < 1:
+        raise ValueError(f"--log-every-n-steps {run.log.log_every_n_steps}: expected at least 1")
+    if run.model.experimental_meta_device and run.model.disable_meta_device:
+        raise ValueError("--experimental-meta-device and --disable-meta-device are both given")
+    if run.model.experimental_meta_device:
+        warnings.append("--experimental-meta-device does nothing: models are always built on the meta device")
+    return warnings
+
+
+def _check_later(later: LaterConfig) -> list[str]:
+    """Only values unlike the default say anything: `--remote-sync-frequency 300` asks for nothing."""
+    warnings = []
+    for field in fields(later):
+        if getattr(later, field.name) == field.default:
+            continue
+        flag, says = "--" + field.name.replace("_", "-"), LATER[field.name]
+        if says.startswith(NOT_YET):
+            raise ValueError(f"{flag}: {says}")
+        warnings.append(f"{flag} {says}")
+    return warnings
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.train_data and data.dataset_manifest:
+        raise ValueError(
+            f"--train-data {data.train_data[0]} and --dataset-manifest {data.dataset_manifest[0]} are both "
+            "given: use one"
+        )
+    sources = data.train_data or data.dataset_manifest or ()
+    if data.dataset_type == "synthetic" and sources:
+        raise ValueError(f"--dataset-type synthetic reads no data, but {sources[0]} is given: drop one")
+    weights = data.train_data_mix_weights
+    if weights is not None:
+        shown = " ".join(map(str, weights))
+        if len(weights) != len(sources):
+            raise ValueError(
+                f"--train-data-mix-weights {shown}: {len(weights)} weights for {len(sources)} sources"
+            )
+        if any(not 0 <= w < float("inf") for w in weights) or sum(weights) == 0:
+            raise ValueError(f"--train-data-mix-weights {shown}: expected weights >= 0, not all zero")
+    if data.train_num_samples is not None and data.train_num_samples < 1:
+        raise ValueError(f"--train-num-samples {data.train_num_samples}: expected at least 1 token")
+    if data.workers < 0:
+        raise ValueError(f"--workers {data.workers}: expected 0 or more")
+    if data.data_key not in ("json", "json.gz", "txt"):
+        raise ValueError(f"--data-key {data.data_key}: expected json, json.gz or txt")
+
+
+def _check_eval(evaluation: EvalConfig) -> None:
+    keys, entries = evaluation.val_data_key, evaluation.val_data or ()
+    if keys is not None and len(keys) != len(entries):
+        raise ValueError(f"--val-data-key has {len(keys)} keys for the {len(entries)} entries of --val-data")
+    for key in keys or ():
+        if key not in ("json", "json.gz", "txt"):
+            raise ValueError(f"--val-data-key {key}: expected json, json.gz or txt")
+    for name in ("val_num_samples", "val_frequency", "global_val_batch_size"):
+        value = getattr(evaluation, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+
+
+def _check_optim(optim: OptimConfig, given: Collection[str]) -> None:
+    for name in ("batch_size", "global_batch_size", "accum_freq", "epochs", "max_steps"):
+        value = getattr(optim, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    for name in NOT_NEGATIVE:
+        if not getattr(optim, name) >= 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(optim, name)}: expected 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ValueError(f"--{name} {getattr(optim, name)}: expected 0 <= {name} < 1")
+    if optim.grad_clip_norm is not None and not optim.grad_clip_norm > 0:
+        raise ValueError(f"--grad-clip-norm {optim.grad_clip_norm}: expected more than 0")
+    if optim.lr_scheduler == "const-cooldown":
+        if optim.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown")
+        if not 0 <= optim.epochs_cooldown <= optim.epochs:
+            raise ValueError(f"--epochs-cooldown {optim.epochs_cooldown} > --epochs {optim.epochs}")
+    elif optim.epochs_cooldown is not None:
+        raise ValueError(f"--epochs-cooldown needs --lr-scheduler const-cooldown, not {optim.lr_scheduler}")
+    if optim.skip_scheduler and "lr_scheduler" in given:
+        raise ValueError(
+            f"--skip-scheduler keeps the learning rate constant, but --lr-scheduler {optim.lr_scheduler} is "
+            "given: drop one"
+        )
+
+
+def _check_distributed(parallel: DistributedConfig, optim: OptimConfig, given: Collection[str]) -> None:
+    if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
+        raise ValueError("--fsdp-amp and --fsdp-pure-bf16 are both given: use one")
+    for name in ("fsdp_amp", "fsdp_pure_bf16"):
+        flag = "--" + name.replace("_", "-")
+        if getattr(parallel, name):
+            if not parallel.fsdp:
+                raise ValueError(f"{flag} needs --fsdp")
+            if "bf" not in optim.precision:
+                raise ValueError(
+                    f"{flag} computes in bf16, but --precision is {optim.precision}: use amp_bfloat16"
+                )
+    if parallel.ddp_static_graph and parallel.fsdp:
+        raise ValueError("--ddp-static-graph is DDP's, but --fsdp is given: drop one")
+
+
+def _check_purpose(run: RunConfig) -> None:
+    """Train, or evaluate a checkpoint: the flags must say which."""
+    start, pretrained = run.checkpoint.resume, run.checkpoint.pretrained
+    if start and pretrained:
+        raise ValueError(
+            f"--resume {start} continues a run, --pretrained {pretrained} starts a new one: use one"
+        )
+    if run.checkpoint.save_frequency < 0:
+        raise ValueError(f"--save-frequency {run.checkpoint.save_frequency}: expected 0 or more")
+    if trains(run):
+        if run.data.train_num_samples is None:
+            raise ValueError("--train-num-samples (tokens in a checkpoint interval) is needed for training")
+        return
+    if run.data.train_data_mix_weights or run.optim.max_steps:
+        raise ValueError(
+            "no training data: give --dataset-manifest, --train-data or --dataset-type synthetic"
+        )
+    if not run.eval.val_data:
+        raise ValueError(
+            "nothing to do: give --dataset-manifest or --train-data to train, or --val-data with --resume to "
+            "evaluate"
+        )
+    if not (start or pretrained):
+        raise ValueError(
+            "--val-data without training data evaluates a checkpoint: give --resume or --pretrained"
+        )
+
+
+assert set(LATER) == {f.name for f in fields(LaterConfig)}
