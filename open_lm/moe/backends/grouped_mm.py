@@ -1,0 +1,92 @@
+"""All experts in one `torch.nn.functional.grouped_mm` per matrix.
+
+Shapes: T tokens, D model width, E experts, F expert width, R rows (assignments).
+
+Fast on H100 and newer in bfloat16, without a host sync. In other dtypes, and on older GPUs, torch itself loops over
+the experts inside the operator.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from open_lm.moe.dispatch import combine, dispatch
+from open_lm.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from open_lm.moe.experts import ExpertMLP
+
+
+def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
+    """y_TD: each token's sum of weight * expert(x) over its kept rows; same numbers as `reference`."""
+    x_TD, w1_EDF, v1_EDF, w2_EFD = _prepare(x_TD, mlp.w1, mlp.v1, mlp.w2)
+    end_E = _group_ends(routing)
+
+    x_RD = dispatch(x_TD, routing)
+    gate_RF = multiply(x_RD, w1_EDF, end_E)
+    value_RF = None if v1_EDF is None else multiply(x_RD, v1_EDF, end_E)
+    y_RD = multiply(mlp.activate(gate_RF, value_RF), w2_EFD, end_E)
+    return combine(y_RD, routing)[:, : mlp.w2.shape[2]]
+
+
+def _group_ends(routing: Routing) -> Tensor:
+    """Where each expert's rows end, int32 (E,). The last expert's group takes in the dropped rows.
+
+    Rows outside all groups would stay uninitialised, forward and in the input's gradient. Computed, and then
+    multiplied by their weight 0, they are exact zeros in both, and cheaper than two masked copies of all rows.
+    """
+    end_E = routing.count_E.cumsum(0)
+    end_E[-1] = routing.token_R.numel()
+    return end_E.to(torch.int32)
+
+
+def _prepare(x_TD: Tensor, *weights: Tensor | None) -> list[Any]:
+    """x and weights in the dtype that autocast asks for, their last two widths padded with zeros.
+
+    grouped_mm does not follow autocast by itself, and takes only rows whose stride is a multiple of 16 bytes.
+    """
+    device = x_TD.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x_TD = x_TD.to(dtype)
+        weights = tuple(None if w is None else w.to(dtype) for w in weights)
+    multiple = 16 // x_TD.element_size()
+    padded: list[Any] = [F.pad(x_TD, (0, -x_TD.shape[1] % multiple))]
+    for w in weights:
+        padding = None if w is None else (0, -w.shape[2] % multiple, 0, -w.shape[1] % multiple)
+        padded.append(w if padding is None or not any(padding) else F.pad(w, padding))
+    return padded
+
+
+def multiply(a_RD: Tensor, b_EDF: Tensor, end_E: Tensor) -> Tensor:
+    """y_RF: rows end_E[e-1] to end_E[e] of a times b[e]."""
+    # The operator's fake kernel knows bfloat16 only, so other dtypes would not compile: ours stands in for them.
+    if a_RD.dtype == torch.bfloat16:
+        return F.grouped_mm(a_RD, b_EDF, offs=end_E)
+    return _product(a_RD, b_EDF, end_E)
+
+
+@torch.library.custom_op("open_lm::grouped_mm", mutates_args=())
+def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(a, b, offs=ends).contiguous()
+
+
+@_product.register_fake
+def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    rows = (ends.shape[0], a.shape[0]) if b.ndim == 2 else (a.shape[0],)
+    return a.new_empty(*rows, b.shape[-1])
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _product_backward(ctx: Any, g_RF: Tensor):
+    a_RD, b_EDF, end_E = ctx.saved_tensors
+    g_RF = g_RF.contiguous()
+    return _product(g_RF, b_EDF.transpose(1, 2), end_E), _product(a_RD.t(), g_RF, end_E), None
+
+
+_product.register_autograd(_product_backward, setup_context=_save)

@@ -1,0 +1,30 @@
+"""The definition of the expert computation, one expert after the other: slow on a GPU, easy to believe.
+
+Shapes: T tokens, D model width, E experts, F expert width, R rows (assignments).
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from open_lm.moe.routing import Routing
+
+if TYPE_CHECKING:
+    from open_lm.moe.experts import ExpertMLP
+
+
+def reference(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
+    """y_TD: each token's sum of weight * expert(x) over its kept rows; runs in any dtype, syncs with the host."""
+    outputs, start = [], 0
+    for expert, count in enumerate(routing.count_E.tolist()):
+        x_RD = x_TD[routing.token_R[start : start + count]]
+        gate_RF = x_RD @ mlp.w1[expert]
+        value_RF = None if mlp.v1 is None else x_RD @ mlp.v1[expert]
+        outputs.append(mlp.activate(gate_RF, value_RF) @ mlp.w2[expert])
+        start += count
+    y_RD = torch.cat(outputs)
+    wide = torch.promote_types(y_RD.dtype, routing.weight_R.dtype)
+    weighted_RD = y_RD.to(wide) * routing.weight_R[:start, None]
+    sum_TD = torch.zeros(x_TD.shape, dtype=wide, device=x_TD.device)
+    return sum_TD.index_add(0, routing.token_R[:start], weighted_RD).to(y_RD.dtype)

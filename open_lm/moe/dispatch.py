@@ -1,0 +1,71 @@
+"""From tokens to rows and back: `dispatch` copies each token to its rows, `combine` adds the rows up again.
+
+The two are transposes of each other, so each one's gradient is the other, and here both directions only *gather*:
+where every token has K rows, a token fetches them by `row_TK`. No atomics, so GPU runs repeat bit by bit; and no
+accumulation in 16 bits. A Routing without `row_TK` (rows per token differ) falls back to index_add.
+
+Shapes: T tokens, D model width, R rows (assignments), K rows per token.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_lm.moe.routing import Routing
+
+
+def dispatch(x_TD: Tensor, routing: Routing) -> Tensor:
+    """x_RD: the input of every row, x[token]; dtype as x."""
+    return _Dispatch.apply(x_TD, routing.token_R, routing.row_TK)
+
+
+def combine(y_RD: Tensor, routing: Routing) -> Tensor:
+    """y_TD: for each token the sum of weight * y over its rows, added in float32 and returned in y's dtype."""
+    T = routing.logits_TE.shape[0]
+    return _Combine.apply(y_RD, routing.weight_R, routing.token_R, routing.row_TK, T)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TK: Tensor | None) -> Tensor:
+        ctx.save_for_backward(token_R, row_TK)
+        ctx.tokens = x_TD.shape[0]
+        return x_TD[token_R]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        (g_RD,) = gradients
+        token_R, row_TK = ctx.saved_tensors
+        return _sum_rows(g_RD, None, token_R, row_TK, ctx.tokens), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_TK: Tensor | None, tokens: int
+    ) -> Tensor:
+        ctx.save_for_backward(y_RD, weight_R, token_R)
+        return _sum_rows(y_RD, weight_R, token_R, row_TK, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        (g_TD,) = gradients
+        y_RD, weight_R, token_R = ctx.saved_tensors
+        g_RD = g_TD[token_R]
+        gradient_of_weight_R = (y_RD * g_RD).sum(dim=-1, dtype=weight_R.dtype)
+        return (g_RD * weight_R[:, None]).to(y_RD.dtype), gradient_of_weight_R, None, None, None
+
+
+def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int):
+    """Per token the (weighted) sum of its rows, (T, D): added in float32 or wider, rounded once to v's dtype."""
+    if row_TK is not None:
+        v_TKD = v_RD[row_TK]
+        if weight_R is not None:
+            v_TKD = v_TKD * weight_R[row_TK, None]
+        # torch adds 16-bit numbers in float32 inside a sum.
+        return v_TKD.sum(dim=1).to(v_RD.dtype)
+    weighted_RD = v_RD if weight_R is None else v_RD * weight_R[:, None]
+    wide = torch.promote_types(v_RD.dtype, torch.float32)
+    out_TD = torch.zeros(tokens, v_RD.shape[1], dtype=wide, device=v_RD.device)
+    return out_TD.index_add_(0, token_R, weighted_RD.to(wide)).to(v_RD.dtype)
