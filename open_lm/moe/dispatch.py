@@ -1,8 +1,8 @@
 """From tokens to rows and back: `dispatch` copies each token to its rows, `combine` adds the rows up again.
 
-The two are transposes of each other, so each one's gradient is the other, and here both directions only *gather*:
-where every token has K rows, a token fetches them by `row_TK`. No atomics, so GPU runs repeat bit by bit; and no
-accumulation in 16 bits. A Routing without `row_TK` (rows per token differ) falls back to index_add.
+The two are transposes of each other, so each one's gradient is the other, and both directions only *gather*:
+where every token has K rows, a token fetches them by `row_TK`. So there are no atomics, GPU runs repeat bit
+by bit, and nothing accumulates in 16 bits. Without `row_TK` (tokens differ in rows): index_add.
 
 Shapes: T tokens, D model width, R rows (assignments), K rows per token.
 """
@@ -21,7 +21,7 @@ def dispatch(x_TD: Tensor, routing: Routing) -> Tensor:
 
 
 def combine(y_RD: Tensor, routing: Routing) -> Tensor:
-    """y_TD: for each token the sum of weight * y over its rows, added in float32 and returned in y's dtype."""
+    """y_TD: for each token the sum of weight * y over its rows, added in float32, in y's dtype."""
     T = routing.logits_TE.shape[0]
     return _Combine.apply(y_RD, routing.weight_R, routing.token_R, routing.row_TK, T)
 
@@ -58,7 +58,7 @@ class _Combine(torch.autograd.Function):
 
 
 def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int):
-    """Per token the (weighted) sum of its rows, (T, D): added in float32 or wider, rounded once to v's dtype."""
+    """Per token the (weighted) sum of its rows, (T, D): in float32 or wider, rounded once to v's dtype."""
     if row_TK is not None:
         v_TKD = v_RD[row_TK]
         if weight_R is not None:

@@ -21,8 +21,8 @@ def expert_hidden_dim(config: ModelConfig) -> int:
 class ExpertMLP(nn.Module):
     """E feed-forward networks without biases, each `activate(x w1, x v1) w2`; it only owns their weights.
 
-    w1 (E, D, F), v1 (E, D, F) for swiglu and None for gelu, w2 (E, F, D). Drawn from N(0, .02) as open_lm does;
-    `nn.init.initialize_` of a whole model draws them anew.
+    w1 (E, D, F), v1 (E, D, F) for swiglu and None for gelu, w2 (E, F, D). Drawn from N(0, .02) as open_lm
+    does; `nn.init.initialize_` of a whole model draws them anew.
     """
 
     def __init__(self, config: ModelConfig):
@@ -37,7 +37,7 @@ class ExpertMLP(nn.Module):
 
     @staticmethod
     def activate(gate: Tensor, value: Tensor | None) -> Tensor:
-        """silu(gate) * value (SwiGLU, Shazeer 2020), or tanh-GELU(gate) where there is no value; any shape."""
+        """silu(gate) * value (SwiGLU, 2002.05202), or tanh-GELU(gate) where there is no value; any shape."""
         return F.gelu(gate, approximate="tanh") if value is None else F.silu(gate) * value
 
 

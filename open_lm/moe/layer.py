@@ -18,8 +18,8 @@ from open_lm.moe.stats import RouterStats, measure
 class MoE(nn.Module):
     """A feed-forward layer of E experts, of which each token is sent to K (Shazeer et al., 1701.06538).
 
-    y = sum over the token's kept experts e of weight_e * expert_e(x), plus a bias. A token whose experts were all
-    full gets the bias alone: it passes through the block's residual.
+    y = sum over the token's kept experts e of weight_e * expert_e(x), plus a bias. A token whose experts were
+    all full gets the bias alone: it passes through the block's residual.
     """
 
     def __init__(self, config: ModelConfig):
@@ -45,11 +45,12 @@ class Router(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        assert config.moe.num_experts and config.moe.top_k <= config.moe.num_experts
+        assert config.moe.num_experts
+        assert config.moe.top_k <= config.moe.num_experts
         self.layer = nn.Linear(config.dim, config.moe.num_experts, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """logits_TE, always computed in float32: in 16 bits close scores tie and the choice becomes arbitrary."""
+        """logits_TE, always computed in float32: in 16 bits close scores tie, and the choice is arbitrary."""
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), self.layer.weight.float())
 

@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor) -> Routing:
-    """The Routing of K choices per token: rows sorted by expert, and inside an expert by token, then choice."""
+    """The Routing of K choices per token: rows sorted by expert, within an expert by token, then choice."""
     (T, K), E = expert_TK.shape, logits_TE.shape[1]
     # 16 bits sort in a quarter of the passes that int64 takes on a GPU.
     expert_R, order_R = expert_TK.flatten().to(torch.int16).sort(stable=True)
@@ -42,7 +42,8 @@ def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor) -> R
 def drop_by_position(routing: Routing, capacity: int) -> Routing:
     """Keep the first `capacity` rows of each expert, in token order; the others go to the end with weight 0.
 
-    R stays as it is (a static shape); count_E becomes min(count_E, capacity). Source: MegaBlocks' `MoE`, GShard.
+    R stays as it is (a static shape); count_E becomes min(count_E, capacity). Source: GShard (2006.16668),
+    with MegaBlocks' order: by token, not by choice.
     """
     row_R = torch.arange(routing.token_R.numel(), device=routing.token_R.device)
     end_E = routing.count_E.cumsum(0)
@@ -50,7 +51,7 @@ def drop_by_position(routing: Routing, capacity: int) -> Routing:
     position_R = row_R - (end_E - routing.count_E)[expert_R]
     kept_R = (position_R < capacity) & (row_R < end_E[-1])
 
-    # Kept rows close ranks, dropped rows follow them: the new place of each row, by counting instead of sorting.
+    # Kept rows close ranks, dropped rows follow them: each row's new place, by counting instead of sorting.
     kept_before_R = kept_R.cumsum(0) - kept_R.long()
     place_R = torch.where(kept_R, kept_before_R, kept_R.sum() + row_R - kept_before_R)
     order_R = invert(place_R)

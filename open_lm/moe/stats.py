@@ -16,7 +16,7 @@ from open_lm.moe.routing import Routing
 class RouterStats(NamedTuple):
     """One MoE layer on one batch, or a sum of such (`add`). Only the two losses carry gradients.
 
-    Every field is a sum, so that micro-batches and ranks add up; for the mean loss, divide by how many were added.
+    Every field is a sum, so micro-batches and ranks add up; for a mean loss divide by how many were added.
     """
 
     balance_loss: Tensor  # scalar: `balance.load_balancing_loss`
@@ -28,7 +28,7 @@ class RouterStats(NamedTuple):
 
 
 def measure(routed: Routing, kept: Routing) -> RouterStats:
-    """The RouterStats of a layer, from its Routing before (`routed`) and after (`kept`) dropping; all float32."""
+    """The RouterStats of a layer, from its Routing before (`routed`) and after (`kept`) dropping; float32."""
     with torch.no_grad():
         log_p_TE = routed.logits_TE.float().log_softmax(dim=-1)
         entropy_sum = (log_p_TE.exp() * -log_p_TE).sum()
@@ -67,10 +67,10 @@ def unpack(flat_N: Tensor, like: Sequence[RouterStats]) -> list[RouterStats]:
 def summarize(stats: Sequence[RouterStats], layers: Sequence[int]) -> list[dict]:
     """One plain dict per MoE layer, ready for JSON; `layers` are their numbers (`placement.moe_layers`).
 
-    layer; share: each expert's assignments before drops, over all assignments (E floats that sum to 1);
-    entropy: of the router's probabilities, nats, mean over tokens (at most log E); fullest_over_mean: assignments
-    of the fullest expert over the mean expert's (1 balanced, E collapsed); dropped_share: dropped over all
-    assignments; dead_experts: experts with no assignment. One transfer to the host. Without tokens, shares are 0.
+    layer: its number. share: each expert's assignments before drops over all assignments, E floats, sum 1.
+    entropy: of the router's probabilities in nats, mean over tokens, at most log E. fullest_over_mean: the
+    fullest expert's assignments over the mean expert's, 1 when balanced, E when collapsed. dropped_share:
+    dropped over all assignments. dead_experts: how many have no assignment. One transfer to the host.
     """
     if not stats:
         return []

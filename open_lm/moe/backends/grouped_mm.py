@@ -2,8 +2,8 @@
 
 Shapes: T tokens, D model width, E experts, F expert width, R rows (assignments).
 
-Fast on H100 and newer in bfloat16, without a host sync. In other dtypes, and on older GPUs, torch itself loops over
-the experts inside the operator.
+Fast on H100 and newer in bfloat16, without a host sync. In other dtypes, and on older GPUs, torch itself
+loops over the experts inside the operator.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 
 def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     """y_TD: each token's sum of weight * expert(x) over its kept rows; same numbers as `reference`."""
-    x_TD, w1_EDF, v1_EDF, w2_EFD = _prepare(x_TD, mlp.w1, mlp.v1, mlp.w2)
+    # grouped_mm does not follow autocast by itself.
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    x_TD, w1_EDF, w2_EFD = _align(x_TD, dtype), _align(mlp.w1, dtype), _align(mlp.w2, dtype)
+    v1_EDF = None if mlp.v1 is None else _align(mlp.v1, dtype)
     end_E = _group_ends(routing)
 
     x_RD = dispatch(x_TD, routing)
@@ -34,35 +38,28 @@ def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
 def _group_ends(routing: Routing) -> Tensor:
     """Where each expert's rows end, int32 (E,). The last expert's group takes in the dropped rows.
 
-    Rows outside all groups would stay uninitialised, forward and in the input's gradient. Computed, and then
-    multiplied by their weight 0, they are exact zeros in both, and cheaper than two masked copies of all rows.
+    Rows outside all groups would stay uninitialised, forward and in the input's gradient. Computed and then
+    multiplied by their weight 0 they count as zeros in both: cheaper than two masked copies of all rows.
     """
     end_E = routing.count_E.cumsum(0)
     end_E[-1] = routing.token_R.numel()
     return end_E.to(torch.int32)
 
 
-def _prepare(x_TD: Tensor, *weights: Tensor | None) -> list[Any]:
-    """x and weights in the dtype that autocast asks for, their last two widths padded with zeros.
+def _align(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (T, D) or (E, D, F) as `dtype`, its widths D and F padded with zeros to multiples of 16 bytes.
 
-    grouped_mm does not follow autocast by itself, and takes only rows whose stride is a multiple of 16 bytes.
+    grouped_mm takes only rows that start at multiples of 16 bytes. The padding adds nothing to any product.
     """
-    device = x_TD.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        x_TD = x_TD.to(dtype)
-        weights = tuple(None if w is None else w.to(dtype) for w in weights)
-    multiple = 16 // x_TD.element_size()
-    padded: list[Any] = [F.pad(x_TD, (0, -x_TD.shape[1] % multiple))]
-    for w in weights:
-        padding = None if w is None else (0, -w.shape[2] % multiple, 0, -w.shape[1] % multiple)
-        padded.append(w if padding is None or not any(padding) else F.pad(w, padding))
-    return padded
+    x = x.to(dtype)
+    multiple = 16 // x.element_size()
+    padding = [0, -x.shape[-1] % multiple] + ([0, -x.shape[-2] % multiple] if x.ndim == 3 else [])
+    return F.pad(x, padding) if any(padding) else x
 
 
 def multiply(a_RD: Tensor, b_EDF: Tensor, end_E: Tensor) -> Tensor:
     """y_RF: rows end_E[e-1] to end_E[e] of a times b[e]."""
-    # The operator's fake kernel knows bfloat16 only, so other dtypes would not compile: ours stands in for them.
+    # The operator's fake kernel knows bfloat16 only; `_product` lets the other dtypes compile too.
     if a_RD.dtype == torch.bfloat16:
         return F.grouped_mm(a_RD, b_EDF, offs=end_E)
     return _product(a_RD, b_EDF, end_E)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def reference(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
-    """y_TD: each token's sum of weight * expert(x) over its kept rows; runs in any dtype, syncs with the host."""
+    """y_TD: each token's sum of weight * expert(x) over its kept rows; any dtype, one host sync."""
     outputs, start = [], 0
     for expert, count in enumerate(routing.count_E.tolist()):
         x_RD = x_TD[routing.token_R[start : start + count]]
