@@ -2,7 +2,6 @@
 
 import difflib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -107,9 +106,3 @@ def _file_tokens(path: Path) -> list[str]:
         elif type(None) in get_args(names[name]):
             tokens += [flag, "None"]
     return tokens
-
-
-def fail(error: ValueError) -> None:
-    """Ends the process as a bad flag does: one message on stderr, status 2."""
-    print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-    raise SystemExit(2)

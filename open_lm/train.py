@@ -1,0 +1,294 @@
+"""The training loop and one step, to be read from top to bottom.
+
+Shapes: B sequences of this rank's batch, S positions.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from open_lm.config.model import ModelConfig
+from open_lm.config.optim import OptimConfig
+from open_lm.config.schedule import Batch as BatchPlan
+from open_lm.config.schedule import Schedule
+from open_lm.data.loader import Batch
+from open_lm.log import Log, logger
+from open_lm.loss import IGNORE_INDEX, cross_entropy
+from open_lm.moe.placement import moe_layers
+from open_lm.moe.stats import RouterStats, add, pack, summarize, unpack
+from open_lm.optim import (
+    LossScale,
+    clip_,
+    grad_norm,
+    is_finite,
+    learning_rate,
+    scale_gradients_,
+    set_learning_rate_,
+)
+from open_lm.parallel.mesh import World, sum_over_ranks_
+from open_lm.parallel.plan import autocast, no_sync
+
+
+@dataclass
+class Progress:
+    """What a run has done, apart from its weights; part of every checkpoint."""
+
+    step: int = 0
+    """Optimizer steps done, skipped updates included: what the data order and the schedule count."""
+    tokens: int = 0
+    """Targets trained on."""
+    skipped_updates: int = 0
+    """Steps whose loss or gradient was not finite, so that nothing was changed."""
+    bad_samples: int = 0
+    """Samples that were masked: too short, or unreadable under --ignore-parse-errors (this rank's)."""
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+class StepResult(NamedTuple):
+    """Of one step's whole batch, over all ranks and micro-batches."""
+
+    loss: Tensor
+    """Mean negative log-likelihood, nats per token; without any auxiliary term."""
+    z_loss: Tensor
+    """Mean logsumexp(logits)² per token, unweighted."""
+    tokens: int
+    router_stats: list[RouterStats]
+    """One per MoE layer: counts summed over ranks and micro-batches, the two losses averaged."""
+
+
+class Clock:
+    """Seconds spent in each part of the steps since `restart`. On a GPU these are the host's seconds:
+    kernels run on behind it, and only tokens per second and batch_time span whole, finished steps."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.since = self.last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self.last
+        self.last = now
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    plan: BatchPlan,
+    optim: OptimConfig,
+    config: ModelConfig,
+    world: World,
+    loss_scale: float,
+    clock: Clock,
+) -> StepResult:
+    """Gradients of the whole batch's objective: mean cross-entropy over its tokens (+ z-loss), and the router
+    losses as means over MoE layers and micro-batches. Equal to one large batch, whatever the slicing.
+    """
+    device = world.device
+    tokens = int(sum_over_ranks_((batch.targets_BS != IGNORE_INDEX).sum().to(device)))
+    # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
+    per_token = world.world_size / max(tokens, 1)
+    sums: list[Tensor] = []
+    stats: tuple[RouterStats, ...] = ()
+    micro_batches = list(
+        zip(
+            batch.tokens_BS.split(plan.micro_sequences),
+            batch.targets_BS.split(plan.micro_sequences),
+            strict=True,
+        )
+    )
+    for i, (tokens_BS, targets_BS) in enumerate(micro_batches):
+        tokens_BS = tokens_BS.to(device, non_blocking=True)
+        targets_BS = targets_BS.to(device, non_blocking=True)
+        with no_sync(model, i < len(micro_batches) - 1):
+            with autocast(optim.precision, device):
+                output = model(tokens_BS)
+            loss = cross_entropy(output.logits_BSV, targets_BS)
+            objective = loss.nll_sum * per_token
+            if optim.z_loss_coefficient:
+                objective = objective + optim.z_loss_coefficient * loss.z_sum * per_token
+            if output.router_stats:
+                objective = objective + router_loss(output.router_stats, config) / len(micro_batches)
+            clock.lap("forward_time")
+            (objective * loss_scale).backward()
+            clock.lap("backward_time")
+        stats = output.router_stats
+        sums.append(torch.cat((torch.stack((loss.nll_sum, loss.z_sum)).detach().double(), pack(stats))))
+    flat = sum_over_ranks_(torch.stack(sums).sum(0))
+    clock.lap("sync_time")
+    loss, z_loss = flat[:2] / max(tokens, 1)
+    n = len(micro_batches) * world.world_size
+    means = [
+        s._replace(balance_loss=s.balance_loss / n, z_loss=s.z_loss / n) for s in unpack(flat[2:], stats)
+    ]
+    return StepResult(loss, z_loss, tokens, means)
+
+
+def router_loss(stats: tuple[RouterStats, ...], config: ModelConfig) -> Tensor:
+    """Weighted load-balancing and z-loss, each the mean over the MoE layers."""
+    balance = torch.stack([s.balance_loss for s in stats]).mean()
+    z = torch.stack([s.z_loss for s in stats]).mean()
+    return config.moe.loss_weight * balance + config.moe.z_loss_weight * z
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Batch],
+    progress: Progress,
+    *,
+    config: ModelConfig,
+    optim: OptimConfig,
+    schedule: Schedule,
+    plan: BatchPlan,
+    world: World,
+    log: Log,
+    log_every_n_steps: int,
+    loss_scale: LossScale | None,
+    end_interval: Callable[[int], None],
+) -> None:
+    """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
+
+    `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
+    evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    window = Window()
+    clock = window.clock
+    show = log.progress(schedule.end_step, progress.step)
+    model.train()
+    for batch in batches:
+        step = progress.step
+        clock.lap("data_time")
+        rate = learning_rate(step, optim, schedule.total_steps, schedule.interval_end(1))
+        set_learning_rate_(optimizer, rate)
+        scale = loss_scale.value if loss_scale else 1.0
+        result = accumulate_gradients(
+            model, batch, plan=plan, optim=optim, config=config, world=world, loss_scale=scale, clock=clock
+        )
+        scale_gradients_(parameters, 1.0 / scale)
+        norm = grad_norm(parameters)
+        finite = is_finite(result.loss, norm)  # both are global, so all ranks decide alike
+        if finite:
+            if optim.grad_clip_norm is not None:
+                clip_(parameters, norm, optim.grad_clip_norm)
+            optimizer.step()
+        else:
+            progress.skipped_updates += 1
+            if loss_scale is None:
+                logger.warning(
+                    "step %d: loss %.4g, gradient norm %.4g: update skipped on all ranks (%d so far)",
+                    step + 1, result.loss.item(), norm.item(), progress.skipped_updates,
+                )  # fmt: skip
+        if loss_scale:
+            loss_scale.update_(finite)
+        optimizer.zero_grad(set_to_none=True)
+        clock.lap("optim_step_time")
+
+        progress.step += 1
+        progress.tokens += result.tokens
+        progress.bad_samples += batch.n_bad
+        window.add(result, finite)
+        interval = schedule.interval_of(step)
+        ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
+        show(progress.step, f"loss {window.loss:.3f} · {window.tokens_per_second:,.0f} tokens/s")
+        if progress.step % log_every_n_steps == 0 or step == 0 or ends:
+            entry = window.entry(progress, rate, norm, world.world_size, config)
+            log.metrics(entry, progress.step)
+            logger.info(describe(entry, progress, schedule))
+            window.restart()
+        if ends:
+            end_interval(interval)
+            model.train()
+            window.restart()
+    log.end_progress()
+
+
+class Window:
+    """Sums over the steps since the last log line."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.restart()
+
+    def restart(self) -> None:
+        self.clock.restart()
+        self.steps = self.tokens = 0
+        self.nll = self.z = 0.0
+        self.finite_tokens = 0
+        self.stats: list[RouterStats] = []
+
+    def add(self, result: StepResult, finite: bool) -> None:
+        self.steps += 1
+        self.tokens += result.tokens
+        if finite:  # one NaN must not hide the window's other losses
+            self.finite_tokens += result.tokens
+            self.nll += result.loss.item() * result.tokens
+            self.z += result.z_loss.item() * result.tokens
+        stats = result.router_stats
+        self.stats = add(self.stats, stats) if self.stats else stats
+
+    @property
+    def loss(self) -> float:
+        return self.nll / self.finite_tokens if self.finite_tokens else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(time.perf_counter() - self.clock.since, 1e-9)
+
+    def entry(
+        self, progress: Progress, rate: float, norm: Tensor, world_size: int, config: ModelConfig
+    ) -> dict[str, Any]:
+        """The window's metrics by open_lm's names; times are seconds per step."""
+        seconds = time.perf_counter() - self.clock.since
+        speed = self.tokens / max(seconds, 1e-9)
+        entry: dict[str, Any] = {
+            "tokens": progress.tokens,
+            "train/loss": self.loss,
+            "train/z_loss": self.z / self.finite_tokens if self.finite_tokens else float("nan"),
+            "train/grad_norm": norm.item(),
+            "train/lr": rate,
+            "train/tokens": progress.tokens,
+            "train/skipped_updates": progress.skipped_updates,
+            "train/bad_samples": progress.bad_samples,
+            # open_lm's "samples" are tokens
+            "train/samples_per_second": speed,
+            "train/samples_per_second_per_gpu": speed / world_size,
+            "train/tokens_per_second": speed,
+            "train/batch_time": seconds / self.steps,
+        }
+        entry |= {f"train/{part}": s / self.steps for part, s in self.clock.seconds.items()}
+        if self.stats:
+            n = len(self.stats) * self.steps
+            entry["train/load_balancing_loss"] = sum(s.balance_loss.item() for s in self.stats) / n
+            entry["train/router_z_loss"] = sum(s.z_loss.item() for s in self.stats) / n
+            entry["router"] = summarize(self.stats, moe_layers(config))
+        return entry
+
+
+def describe(entry: dict[str, Any], progress: Progress, schedule: Schedule) -> str:
+    """A log line for people."""
+    parts = [
+        f"step {progress.step:,}/{schedule.total_steps:,}",
+        f"tokens {progress.tokens:,}",
+        f"loss {entry['train/loss']:.4f}",
+        f"grad norm {entry['train/grad_norm']:.3f}",
+        f"lr {entry['train/lr']:.3g}",
+        f"{entry['train/tokens_per_second']:,.0f} tokens/s",
+    ]
+    if "router" in entry:
+        fullest = max(layer["fullest_over_mean"] for layer in entry["router"])
+        dropped = max(layer["dropped_share"] for layer in entry["router"])
+        parts.append(f"balance {entry['train/load_balancing_loss']:.3f}")
+        parts.append(f"fullest expert {fullest:.2f}x mean")
+        parts.append(f"dropped {dropped:.1%}")
+    return " | ".join(parts)

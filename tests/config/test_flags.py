@@ -1,0 +1,256 @@
+"""Flags, --config, and the errors that a contradiction ends in."""
+
+import json
+import shlex
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from open_lm.config.check import LATER, NOT_YET, check
+from open_lm.config.moe import MoEConfig
+from open_lm.config.parse import flag_types, flag_values, parse
+from open_lm.config.resolve import flatten, model_names, reconcile, resolve_model
+from open_lm.config.run import RunConfig
+
+TRAIN = "--dataset-manifest A B --train-num-samples 1000000 "
+
+# Every flag of open_lm (July 2024, and the two of its MoE.md that its own parser had dropped), with its default.
+OPEN_LM = """
+train-data=None train-data-mix-weights=None dataset-manifest=None dataset-resampled=False dataset-type=auto
+data-key=txt train-num-samples=None val-data=None val-data-key=None val-num-samples=None disable-buffer=False
+workers=1 multiple-data-passes=False ignore-parse-errors=False data-tolerate-error-p=0.09
+data-tolerate-num-ckpts=0 target-mask-left=None target-mask-individual=None squash-mask-left=False
+train-data-upsampling-factors=None
+model=open_lm_1b model-norm=default_layer_norm ffn-type=swiglu qk-norm=False positional-embedding-type=rotary
+attn-name=auto attn-activation=None attn-seq-scalar=None attn-seq-scalar-alpha=None
+experimental-meta-device=False torchcompile=False grad-checkpointing=False hf-model=None hf-seq-len=None
+hf-fsdp-block=None torchscript=False trace=False use-bn-sync=False disable-meta-device=False
+moe-freq=0 moe-num-experts=None moe-top-k=2 moe-capacity-factor=1.25 moe-loss-weight=0.1
+moe-weight-parallelism=False moe-expert-model-parallelism=False
+batch-size=None accum-freq=1 epochs=32 optimizer=adamw lr=0.0005 beta1=0.9 beta2=0.95 eps=1e-08 wd=0.2
+warmup=10000 grad-clip-norm=None z-loss-coefficient=0.0 lr-scheduler=cosine lr-cooldown-end=0.0
+lr-cooldown-power=1.0 epochs-cooldown=None force-min-lr=0.0 skip-scheduler=False precision=amp seed=0
+dist-url=env:// fsdp=False fsdp-amp=False fsdp-pure-bf16=False fsdp-cpu-offload=False
+fsdp-use-orig-params=False fsdp-backward-prefetch=False fsdp-limit-all-gathers=False fsdp-hybrid=False
+fsdp-hybrid-o2=False fsdp-checkpoint=False ddp-static-graph=False no-set-device-rank=False
+force-distributed=False preset-world-size=None
+logs=./logs/ log-local=False name=None wandb-notes= wandb-project-name=open-lm log-every-n-steps=100
+log-logit-mean=False debug=False copy-codebase=False report-to=
+resume=None pretrained=None load-pretrained-state=False save-frequency=1 save-most-recent=False
+delete-previous-checkpoint=False remote-sync=None remote-sync-frequency=300 remote-sync-protocol=s3
+val-frequency=1 global-val-batch-size=None val-seq-ci=False val-tok-ci=False val-max-pop-ci=None
+val-iter-ci=10000 average=None average-coefficients=None averagers=None log-avg-model-training-loss=0
+distill-model=None distill-pretrained=None use-bnb-linear=None
+""".split()
+
+
+def run_of(line: str) -> tuple[RunConfig, frozenset[str]]:
+    return parse(shlex.split(line))
+
+
+def test_every_flag_of_open_lm_is_known_with_its_default() -> None:
+    values = flag_values(RunConfig())
+    for entry in OPEN_LM:
+        name, default = entry.split("=", 1)
+        assert str(values[name.replace("-", "_")]) == default, name
+    # open_lm's default 64 and nccl depend on what else is given and on the machine: resolved later
+    assert values["global_batch_size"] is None
+    assert values["dist_backend"] is None
+
+
+def test_field_and_flag_names_agree() -> None:
+    run, given = run_of("--moe-freq 2 --moe-num-experts 8 --moe_top_k 1 --no-fsdp --lr 1e-3")
+    assert run.moe == MoEConfig(freq=2, num_experts=8, top_k=1)
+    assert given == {"moe_freq", "moe_num_experts", "moe_top_k", "fsdp", "lr"}
+    assert set(flag_values(run)) == set(flag_types())
+    assert flag_values(run)["moe_num_experts"] == 8
+    assert flag_values(run)["lr"] == 1e-3
+
+
+def test_config_file_and_command_line_win(tmp_path) -> None:
+    entries = {
+        "moe-freq": 2,
+        "moe_num_experts": 8,
+        "fsdp": True,
+        "lr": "1e-3",
+        "dataset-manifest": ["A", "B"],
+        "grad-clip-norm": None,
+        "train_data_mix_weights": [0.7, 0.3],
+    }
+    (tmp_path / "run.json").write_text(json.dumps(entries))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(entries))
+    for file in ("run.json", "run.yaml"):
+        run, given = run_of(f"--moe-num-experts 4 --config {tmp_path / file} --no-fsdp")
+        assert run.moe.num_experts == 4
+        assert not run.distributed.fsdp
+        assert run.optim.lr == 1e-3
+        assert run.data.dataset_manifest == ("A", "B")
+        assert run.data.train_data_mix_weights == (0.7, 0.3)
+        assert {"moe_freq", "lr", "fsdp"} <= given
+    (tmp_path / "bad.yaml").write_text("moe-nun-experts: 3")
+    with pytest.raises(ValueError, match=r"bad\.yaml.*'moe-nun-experts'.*moe-num-experts"):
+        run_of(f"--config {tmp_path / 'bad.yaml'}")
+
+
+def test_flags_of_a_run_are_a_config_file(tmp_path) -> None:
+    run, _ = run_of(TRAIN + "--train-data-mix-weights .7 .3 --fsdp --precision fp32 --moe-freq 2")
+    (tmp_path / "flags.json").write_text(json.dumps(flag_values(run)))
+    assert run_of(f"--config {tmp_path / 'flags.json'}")[0] == run
+
+
+def test_unknown_flag_names_the_nearest(capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_of("--moe-nun-experts 3")
+    assert stop.value.code == 2
+    printed = "".join(capsys.readouterr())
+    assert "--moe-nun-experts" in printed
+    assert "--moe-num-experts" in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--dataset-manifest A --train-data B", "--train-data B and --dataset-manifest A"),
+        ("--train-data-mix-weights .5 .5 .1", "3 weights for 2 sources"),
+        ("--train-data-mix-weights -1 2", "expected weights >= 0"),
+        ("--train-data-mix-weights 0 0", "not all zero"),
+        ("--dataset-type synthetic", "synthetic reads no data, but A"),
+        ("--fsdp-amp", "--fsdp-amp needs --fsdp"),
+        ("--fsdp --fsdp-amp --fsdp-pure-bf16", "use one"),
+        ("--fsdp --fsdp-amp --precision fp32", "--precision is fp32"),
+        ("--fsdp --ddp-static-graph", "--ddp-static-graph"),
+        ("--resume latest --pretrained x.pt", "use one"),
+        ("--lr-scheduler const-cooldown", "needs --epochs-cooldown"),
+        ("--lr-scheduler const-cooldown --epochs-cooldown 40", "--epochs-cooldown 40 > --epochs 32"),
+        ("--epochs-cooldown 4", "const-cooldown, not cosine"),
+        ("--skip-scheduler --lr-scheduler cosine", "drop one"),
+        ("--report-to tensorbord", "--report-to tensorbord"),
+        ("--epochs 0", "--epochs 0"),
+        ("--lr nan", "--lr nan"),
+        ("--workers -1", "--workers -1"),
+        ("--data-key parquet", "--data-key parquet"),
+        ("--val-data a b --val-data-key json", "1 keys for the 2 entries"),
+    ],
+)
+def test_contradictions(line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(*run_of(TRAIN + line))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "nothing to do"),
+        ("--val-data a", "give --resume or --pretrained"),
+        ("--dataset-manifest A", "--train-num-samples"),
+        ("--train-data-mix-weights 1", "1 weights for 0 sources"),
+    ],
+)
+def test_purpose(line: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check(*run_of(line))
+
+
+EXAMPLE = {
+    "train_data_upsampling_factors": "1::2",
+    "hf_model": "x",
+    "hf_fsdp_block": "x",
+    "remote_sync": "s3://b",
+    "remote_sync_protocol": "fsspec",
+    "average": "a",
+    "average_coefficients": "1",
+    "averagers": "ema_.9_1",
+    "distill_model": "x",
+    "distill_pretrained": "x",
+    "use_bnb_linear": "x",
+    "data_tolerate_error_p": "0.2",
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_flags_without_work_say_so(name: str) -> None:
+    flag = "--" + name.replace("_", "-")
+    value = "" if flag_types()[name] is bool else EXAMPLE.get(name, "7")
+    run, given = run_of(f"{TRAIN} {flag} {value}")
+    if LATER[name].startswith(NOT_YET):
+        with pytest.raises(ValueError, match=f"{flag}: {NOT_YET}"):
+            check(run, given)
+    else:
+        (warning,) = check(run, given)
+        assert warning.startswith(flag + " does nothing")
+
+
+def test_models_and_their_json(tmp_path) -> None:
+    run, given = run_of(TRAIN + "--model open_lm_87m --moe-freq 2 --moe-num-experts 8")
+    config = resolve_model(run.model, run.moe, given)
+    assert (config.dim, config.n_layers, config.head_dim, config.swiglu_hidden_dim) == (488, 12, 40, 1536)
+    assert len(model_names()) >= 17
+    for name in model_names():
+        resolve_model(run_of(f"--model {name}")[0].model, MoEConfig(), ())
+    small = {"hidden_dim": 64, "n_layers": 2, "n_heads": 4, "seq_len": 32, "vocab_size": 100}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small | {"model_norm": "rms_norm", "moe_freq": 2, "moe_num_experts": 4}))
+    run, given = run_of(f"--model {path}")
+    config = resolve_model(run.model, run.moe, given)
+    assert (config.model_norm, config.moe.freq, config.moe.num_experts) == ("rms_norm", 2, 4)
+    for line, message in {
+        "--moe-num-experts 8": r"--moe-num-experts 8, but --model .*small\.json says moe_num_experts 4",
+        "--model-norm gain_only_layer_norm": "says model_norm rms_norm",
+    }.items():
+        run, given = run_of(f"--model {path} {line}")
+        with pytest.raises(ValueError, match=message):
+            resolve_model(run.model, run.moe, given)
+    path.write_text(json.dumps(small | {"n_head": 4}))
+    with pytest.raises(ValueError, match=r"unknown key 'n_head'; did you mean 'n_heads'"):
+        resolve_model(run.model, run.moe, ())
+    with pytest.raises(ValueError, match="Did you mean open_lm_41m"):
+        resolve_model(run_of("--model open_lm_41")[0].model, MoEConfig(), ())
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--moe-top-k 4 --moe-num-experts 2", "--moe-top-k 4 > --moe-num-experts 2"),
+        ("--moe-freq 2", "--moe-freq 2 needs --moe-num-experts"),
+        ("--moe-num-experts 8", "--moe-freq is 0"),
+        ("--moe-freq 2 --moe-num-experts 8 --moe-capacity-factor -1", "--moe-capacity-factor -1"),
+        ("--moe-freq 2 --moe-num-experts 8 --moe-top-k 0", "--moe-top-k 0"),
+        ("--attn-name custom_attn", "needs --attn-activation"),
+        ("--attn-activation relu", "need --attn-name custom_attn"),
+    ],
+)
+def test_model_contradictions(line: str, message: str) -> None:
+    run, given = run_of("--model open_lm_41m " + line)
+    with pytest.raises(ValueError, match=message):
+        resolve_model(run.model, run.moe, given)
+
+
+def test_checkpoint_and_flags() -> None:
+    def config(line: str):
+        run, given = run_of(line)
+        return resolve_model(run.model, run.moe, given), given
+
+    saved, _ = config(
+        "--model open_lm_41m --moe-freq 2 --moe-num-experts 8 --moe-capacity-factor 0 --qk-norm"
+    )
+    # what is not given comes from the checkpoint …
+    here, notes = reconcile(*(config("--model open_lm_41m")[0], flatten_nested(saved), {"model"}, "e.pt"))
+    assert here == saved
+    assert any("--moe-num-experts: 8, from e.pt" in note for note in notes)
+    # … what is given and would make it another model is refused, naming both …
+    current, given = config("--model open_lm_41m --moe-freq 2 --moe-num-experts 64")
+    with pytest.raises(ValueError, match=r"--moe-num-experts 64, but e\.pt was trained with 8"):
+        reconcile(current, flatten_nested(saved), given, "e.pt")
+    current, given = config("--model open_lm_160m")
+    with pytest.raises(ValueError, match=r"--model with dim 768, but e\.pt was trained with 288"):
+        reconcile(current, flatten_nested(saved), given, "e.pt")
+    # … and what is decided anew in every run wins.
+    current, given = config("--moe-freq 2 --moe-num-experts 8 --moe-capacity-factor 2 --model open_lm_41m")
+    here, _ = reconcile(current, flatten_nested(saved), given, "e.pt")
+    assert here.moe.capacity_factor == 2
+
+
+def flatten_nested(config) -> dict:
+    assert flatten(config) == flatten(asdict(config))
+    return asdict(config)
