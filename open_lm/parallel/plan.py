@@ -1,0 +1,162 @@
+"""From a ModelConfig to a model that is ready to train: initialise → precision → compile → FSDP2 or DDP."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from open_lm.config.distributed import DistributedConfig
+from open_lm.config.model import ModelConfig
+from open_lm.config.optim import PrecisionName
+from open_lm.model import Transformer, build
+from open_lm.nn.init import initialize_
+from open_lm.parallel.mesh import World
+
+AUTOCAST = {"amp": torch.float16, "amp_bf16": torch.bfloat16, "amp_bfloat16": torch.bfloat16}
+WHOLE_MODEL = {"bf16": torch.bfloat16}  # dtype of parameters, gradients and moments where it is not fp32
+
+
+def parallelize(
+    config: ModelConfig,
+    *,
+    world: World,
+    distributed: DistributedConfig,
+    precision: PrecisionName,
+    seed: int,
+    grad_checkpointing: bool = False,
+    torchcompile: bool = False,
+    meta: bool = True,
+) -> nn.Module:
+    """The initialised model on `world.device`: sharded with --fsdp, else in DDP if there are several ranks.
+
+    With `meta`, one block at a time is materialised, initialised and sharded, so that at most one exists
+    whole; without, the whole model is. The numbers depend on `seed` alone. Raises ValueError on flags that
+    contradict each other.
+    """
+    policy = _mixed_precision(distributed, precision)
+    model = build(config)
+    model.grad_checkpointing = grad_checkpointing
+    dtype = WHOLE_MODEL.get(precision)
+
+    if not meta:
+        _materialize_(model, "", config, seed, world.device, dtype)
+    for name, block in model.layers.named_children():
+        if meta:
+            _materialize_(block, f"layers.{name}.", config, seed, world.device, dtype)
+        if torchcompile:
+            # not block.compile(): FSDP's hooks must stay outside of the graph
+            block.forward = torch.compile(block.forward)
+        if distributed.fsdp:
+            fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+    if meta:
+        for name, child in model.named_children():
+            if child is not model.layers:
+                _materialize_(child, f"{name}.", config, seed, world.device, dtype)
+    model.tie_weights_()  # materialising one module at a time has parted them
+    assert not any(p.is_meta for p in model.parameters())
+
+    if distributed.fsdp:
+        fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        return model
+    whole = HalfForward(model) if precision == "fp16" else model
+    if world.world_size == 1:
+        return whole
+    return DistributedDataParallel(
+        whole,
+        static_graph=distributed.ddp_static_graph,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -> MixedPrecisionPolicy:
+    """The dtypes in which FSDP gathers parameters and reduces gradients; master weights keep their own."""
+    asked = [f for f in ("fsdp_amp", "fsdp_pure_bf16") if getattr(distributed, f)]
+    flags = " ".join("--" + f.replace("_", "-") for f in asked)
+    if asked and not distributed.fsdp:
+        raise ValueError(f"{flags} without --fsdp: add --fsdp, or drop it")
+    if len(asked) > 1:
+        raise ValueError(f"{flags}: give one of the two (gradients are reduced in fp32 or in bf16)")
+    if asked and precision in ("fp16", "amp"):
+        raise ValueError(
+            f"--precision {precision} is fp16, {flags} is bf16: use amp_bfloat16 or drop {flags}"
+        )
+    if precision == "fp16":
+        return MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+    if distributed.fsdp_amp:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if distributed.fsdp_pure_bf16:
+        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    return MixedPrecisionPolicy()
+
+
+def _materialize_(
+    module: nn.Module,
+    prefix: str,
+    config: ModelConfig,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> None:
+    module.to_empty(device=device)
+    initialize_(module, config, seed, prefix)
+    if dtype is not None:
+        module.to(dtype)
+
+
+class HalfForward(nn.Module):
+    """Runs `module` on fp16 casts of its fp32 parameters; gradients arrive at these in fp32."""
+
+    def __init__(self, module: Transformer):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        half = {name: p.half() for name, p in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, half, inputs, options)
+
+
+def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextManager:
+    """The context for forward passes: fp16 or bf16 autocast for amp…, none for bf16, fp16 and fp32."""
+    if precision not in AUTOCAST:
+        return nullcontext()
+    return torch.autocast(device.type, AUTOCAST[precision])
+
+
+def unwrap(model: nn.Module) -> Transformer:
+    """The Transformer inside DDP and precision wrappers. Its parameters stay sharded under FSDP."""
+    while isinstance(model, DistributedDataParallel | HalfForward):
+        model = model.module
+    assert isinstance(model, Transformer)
+    return model
+
+
+@contextmanager
+def no_sync(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Inside, with `on`, forward and backward only accumulate gradients on each rank; for all micro-batches
+    but the last. FSDP then holds whole gradients instead of shards until the last one.
+    """
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not on)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    elif isinstance(model, DistributedDataParallel) and on:
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def reshard_(model: nn.Module) -> None:
+    """Give parameters gathered by FSDP back, so that `parameters()` are the sharded ones.
+
+    The root keeps its own gathered after a forward without backward (evaluation).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -1,0 +1,286 @@
+"""One process, DDP and FSDP compute the same: gradients, norms and parameters after a few steps."""
+
+import contextlib
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from open_lm import loss, optim
+from open_lm.config.distributed import DistributedConfig
+from open_lm.config.model import ModelConfig
+from open_lm.config.moe import MoEConfig
+from open_lm.config.optim import OptimConfig
+from open_lm.model import Transformer
+from open_lm.nn.init import initialize_
+from open_lm.parallel import mesh, plan
+
+DENSE = ModelConfig(dim=32, n_layers=2, n_heads=2, seq_len=16, vocab_size=64)
+SPARSE = replace(DENSE, moe=MoEConfig(freq=2, num_experts=4, top_k=2, capacity_factor=0, ffn_type="swiglu"))
+MODELS = {
+    "dense": DENSE,
+    "moe": SPARSE,
+    "tied": replace(SPARSE, weight_tying=True, model_norm="gain_only_layer_norm", qk_norm=True),
+}
+PLAIN, FSDP = DistributedConfig(), DistributedConfig(fsdp=True)
+ALONE = mesh.World(0, 0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    yield mesh.start(FSDP)
+    mesh.stop()
+
+
+def make(config, world=ALONE, distributed=PLAIN, precision="fp32", **options):
+    return plan.parallelize(
+        config, world=world, distributed=distributed, precision=precision, seed=1, **options
+    )
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).float().clone().numpy()
+
+
+def batch(step):
+    """A batch of 4 sequences, of which the ranks and micro-batches have unequal numbers of tokens."""
+    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(step))
+    targets = tokens[:, 1:].clone()
+    targets[0, :9] = -100
+    return tokens[:, :-1], targets
+
+
+def train(
+    model,
+    world,
+    *,
+    accumulate=1,
+    steps=3,
+    optimizer="adamw",
+    precision="fp32",
+    balance=0.1,
+    always_sync=False,
+):
+    """(losses, gradient norms, gradients of the first step, parameters after the last step)."""
+    parameters = list(model.parameters())
+    if optimizer == "adamw":
+        stepper = optim.make_optimizer(model, OptimConfig(lr=1e-3, eps=1e-6, wd=0.1))
+    else:
+        stepper = torch.optim.SGD(parameters, lr=0.1)
+    named = dict(plan.unwrap(model).named_parameters())
+    losses, norms, gradients = [], [], {}
+    for step in range(steps):
+        tokens, targets = batch(step)
+        n = (targets != -100).sum()
+        mine = slice(world.rank * 4 // world.world_size, (world.rank + 1) * 4 // world.world_size)
+        micro = list(zip(tokens[mine].chunk(accumulate), targets[mine].chunk(accumulate), strict=True))
+        total = torch.zeros(())
+        for i, (x, y) in enumerate(micro):
+            last = i == len(micro) - 1
+            with contextlib.nullcontext() if always_sync else plan.no_sync(model, not last):
+                with plan.autocast(precision, world.device):
+                    output = model(x)
+                nll = loss.cross_entropy(output.logits_BSV, y).nll_sum
+                objective = nll / n * world.world_size
+                if output.router_stats:
+                    objective = objective + balance / accumulate * output.router_stats[0].balance_loss
+                objective.backward()
+            total += nll.detach()
+        losses.append(mesh.sum_over_ranks_(total).item() / n.item())
+        norm = optim.grad_norm(parameters)
+        norms.append(norm.item())
+        optim.clip_(parameters, norm, 0.5)
+        if step == 0:
+            gradients = {name: whole(p.grad) for name, p in named.items()}
+        stepper.step()
+        stepper.zero_grad()
+    return losses, norms, gradients, {name: whole(p) for name, p in named.items()}
+
+
+def assert_same(ours, reference):
+    for got, expected in zip(ours[:2], reference[:2], strict=True):
+        torch.testing.assert_close(torch.tensor(got), torch.tensor(expected), rtol=5e-6, atol=0)
+    assert ours[2].keys() == reference[2].keys()
+    for name in reference[2]:
+        got, expected = (torch.from_numpy(r[2][name]) for r in (ours, reference))
+        torch.testing.assert_close(got, expected, rtol=2e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        got, expected = (torch.from_numpy(r[3][name]) for r in (ours, reference))
+        torch.testing.assert_close(got, expected, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def on_two_ranks():
+    warnings.simplefilter("error")
+    world = mesh.start(DistributedConfig(force_distributed=True))
+    results = {}
+    for name, config in MODELS.items():
+        for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+            for optimizer in ("adamw", "sgd"):
+                model = make(config, world, distributed)
+                results[name, kind, optimizer] = train(model, world, optimizer=optimizer)
+    for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+        results["accumulated", kind] = train(make(SPARSE, world, distributed), world, accumulate=2)
+        model = make(SPARSE, world, distributed, grad_checkpointing=True)
+        results["recomputed", kind] = train(model, world)
+    results["always synced"] = train(make(SPARSE, world, FSDP), world, accumulate=2, always_sync=True)
+    static = replace(PLAIN, ddp_static_graph=True)
+    results["static"] = train(make(SPARSE, world, static), world)
+    return results if world.is_first else None
+
+
+@pytest.fixture(scope="module")
+def references():
+    """One process whose micro-batches are what the two ranks have, and twice as many."""
+    results = {
+        (name, optimizer): train(make(config), ALONE, accumulate=2, optimizer=optimizer)
+        for name, config in MODELS.items()
+        for optimizer in ("adamw", "sgd")
+    }
+    return results | {"accumulated": train(make(SPARSE), ALONE, accumulate=4)}
+
+
+def test_two_ranks_equal_one_process(spawn, references):
+    results = spawn(2, on_two_ranks)[0]
+    for name in MODELS:
+        for kind in ("ddp", "fsdp"):
+            for optimizer in ("adamw", "sgd"):
+                assert_same(results[name, kind, optimizer], references[name, optimizer])
+    for kind in ("ddp", "fsdp"):
+        assert_same(results["accumulated", kind], references["accumulated"])
+        assert_same(results["recomputed", kind], references["moe", "adamw"])
+    assert_same(results["always synced"], references["accumulated"])
+    assert_same(results["static"], references["moe", "adamw"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_fsdp_on_one_rank_equals_one_process(name, references, group_of_one):
+    ours = train(make(MODELS[name], group_of_one, FSDP), group_of_one, accumulate=2)
+    assert_same(ours, references[name, "adamw"])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_accumulation_equals_the_large_batch(name):
+    # the balance loss is by definition a mean over micro-batches
+    large, slices = (
+        train(make(MODELS[name]), ALONE, accumulate=n, balance=0.0, optimizer="sgd") for n in (1, 4)
+    )
+    assert_same(slices, large)
+
+
+@pytest.mark.parametrize("distributed", [PLAIN, FSDP], ids=["plain", "fsdp"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_numbers_do_not_depend_on_how_they_are_made(name, precision, distributed, group_of_one):
+    expected = Transformer(MODELS[name])
+    initialize_(expected, MODELS[name], seed=1)
+    if precision == "bf16":
+        expected.to(torch.bfloat16)
+    for meta in (True, False):
+        model = make(MODELS[name], group_of_one, distributed, precision, meta=meta)
+        parameters = dict(plan.unwrap(model).named_parameters())
+        assert parameters.keys() == dict(expected.named_parameters()).keys()
+        for parameter_name, value in expected.named_parameters():
+            got = parameters[parameter_name].detach()
+            got = got.full_tensor() if isinstance(got, DTensor) else got
+            assert got.dtype == value.dtype
+            assert torch.equal(got, value), parameter_name
+        assert (plan.unwrap(model).output.weight is plan.unwrap(model).tok_embeddings.weight) == (
+            MODELS[name].weight_tying
+        )
+
+
+def test_meta_holds_one_whole_block_at_a_time(monkeypatch):
+    config = replace(DENSE, n_layers=5)
+    alive = []
+    fill = plan.initialize_
+
+    def watch(module, *arguments):
+        fill(module, *arguments)
+        alive.append(sum(p.is_meta for p in whole_model.parameters()))
+
+    build = plan.build
+
+    def remember(config):
+        nonlocal whole_model
+        whole_model = build(config)
+        return whole_model
+
+    whole_model = torch.nn.Module()
+    monkeypatch.setattr(plan, "initialize_", watch)
+    monkeypatch.setattr(plan, "build", remember)
+    make(config)
+    total = len(list(whole_model.parameters()))
+    assert alive[0] > 0.7 * total, "everything was materialised at once"
+    assert alive == sorted(alive, reverse=True)
+    assert alive[-1] == 0
+
+
+def test_fp16_is_a_forward_on_fp16_casts_of_fp32_weights(group_of_one):
+    x, y = batch(0)
+    model = make(SPARSE, precision="fp16")
+    output = model(x)
+    assert output.logits_BSV.dtype == torch.float16
+    loss.cross_entropy(output.logits_BSV, y).nll_sum.backward()
+    by_hand = make(SPARSE).half()
+    expected = by_hand(x)
+    assert torch.equal(output.logits_BSV, expected.logits_BSV)
+    loss.cross_entropy(expected.logits_BSV, y).nll_sum.backward()
+    sharded = make(SPARSE, group_of_one, FSDP, "fp16")
+    loss.cross_entropy(sharded(x).logits_BSV, y).nll_sum.backward()
+    for name, p in plan.unwrap(model).named_parameters():
+        assert p.dtype == p.grad.dtype == torch.float32
+        assert torch.equal(p.grad, by_hand.get_parameter(name).grad.float()), name
+        assert torch.equal(sharded.get_parameter(name).grad.full_tensor(), p.grad), name
+
+
+@pytest.mark.parametrize("flags", [{"fsdp_amp": True}, {"fsdp_pure_bf16": True}])
+def test_fsdp_in_bf16_keeps_fp32_weights(flags, group_of_one):
+    x, y = batch(0)
+    model = make(SPARSE, group_of_one, replace(FSDP, **flags), "fp32")
+    logits = model(x).logits_BSV
+    assert logits.dtype == torch.bfloat16
+    loss.cross_entropy(logits, y).nll_sum.backward()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "amp", "amp_bf16", "fp16"])
+def test_low_precision_trains_near_fp32(precision):
+    exact = train(make(SPARSE), ALONE)
+    low = train(make(SPARSE, precision=precision), ALONE, precision=precision)
+    torch.testing.assert_close(torch.tensor(low[0]), torch.tensor(exact[0]), rtol=2e-2, atol=0)
+    assert low[0] != exact[0]
+
+
+def test_bf16_has_bf16_gradients_and_moments():
+    model = make(SPARSE, precision="bf16")
+    optimizer = optim.make_optimizer(model, OptimConfig())
+    loss.cross_entropy(model(batch(0)[0]).logits_BSV, batch(0)[1]).nll_sum.backward()
+    optimizer.step()
+    for p in model.parameters():
+        assert p.dtype == p.grad.dtype == optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_reshard_after_an_evaluation(group_of_one):
+    model = make(DENSE, group_of_one, FSDP)
+    with torch.no_grad():
+        model(batch(0)[0])
+    plan.reshard_(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "message"),
+    [
+        ({"fsdp_amp": True}, "fp32", "--fsdp-amp without --fsdp"),
+        ({"fsdp": True, "fsdp_amp": True, "fsdp_pure_bf16": True}, "fp32", "--fsdp-amp --fsdp-pure-bf16"),
+        ({"fsdp": True, "fsdp_amp": True}, "fp16", "--precision fp16 .* --fsdp-amp"),
+    ],
+)
+def test_contradictions_are_refused(flags, precision, message):
+    with pytest.raises(ValueError, match=message):
+        make(DENSE, distributed=DistributedConfig(**flags), precision=precision)
