@@ -1,15 +1,20 @@
 """Tiny models, and `spawn`, which runs a function of a test file on several gloo ranks."""
 
+import gzip
 import inspect
+import io
+import json
 import os
 import pickle
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -69,3 +74,38 @@ def spawn() -> Callable:
             return [pickle.loads(Path(folder, f"result_{r}.pickle").read_bytes()) for r in range(world_size)]
 
     return run
+
+
+def write_source(folder: Path, shards: list[int], seq_len: int, vocab_size: int, seed: int) -> str:
+    """A source as open_lm's users have it: shard_*.tar of json.gz samples and manifest.jsonl; returns the latter.
+
+    Texts of a first-order Markov chain, so that there is something to learn.
+    """
+    rng = np.random.default_rng(seed)
+    transition = rng.dirichlet(np.full(vocab_size, 0.1), size=vocab_size)
+    folder.mkdir(parents=True)
+    lines = []
+    for i, count in enumerate(shards):
+        with tarfile.open(folder / f"shard_{i:08d}.tar", "w") as tar:
+            for j in range(count):
+                tokens = [int(rng.integers(vocab_size))]
+                for _ in range(seq_len):
+                    tokens.append(int(rng.choice(vocab_size, p=transition[tokens[-1]])))
+                data = gzip.compress(json.dumps(tokens).encode())
+                member = tarfile.TarInfo(f"{i:04d}_{j:06d}.json.gz")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+        lines.append(json.dumps({"shard": f"shard_{i:08d}", "num_sequences": count}))
+    (folder / "manifest.jsonl").write_text("\n".join(lines))
+    return str(folder / "manifest.jsonl")
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory) -> list[str]:
+    """Two training manifests and one held-out, for open_lm_test_tiny (16 tokens of 16 ids)."""
+    folder = tmp_path_factory.mktemp("sources")
+    return [
+        write_source(folder / "a", [70, 50, 80], 16, 16, seed=1),
+        write_source(folder / "b", [60, 40], 16, 16, seed=2),
+        write_source(folder / "held_out", [37], 16, 16, seed=1),
+    ]

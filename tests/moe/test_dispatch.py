@@ -1,0 +1,52 @@
+"""dispatch and combine against indexing and index_add, values and gradients, with and without `row_TK`."""
+
+import pytest
+import torch
+
+from open_lm.moe.dispatch import combine, dispatch
+from open_lm.moe.routing import drop_by_position, sort_by_expert
+
+T, E, K, D = 7, 5, 3, 4
+
+
+def make_routing(weight_TK: torch.Tensor, *, gather: bool):
+    expert_TK = torch.stack(
+        [torch.randperm(E, generator=torch.Generator().manual_seed(t))[:K] for t in range(T)]
+    )
+    routing = drop_by_position(sort_by_expert(expert_TK, weight_TK, torch.zeros(T, E)), capacity=3)
+    return routing if gather else routing._replace(row_TK=None)
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "index_add"])
+def test_against_indexing(gather):
+    x_TD = torch.randn(T, D, dtype=torch.float64)
+    y_RD = torch.randn(T * K, D, dtype=torch.float64)
+    routing = make_routing(torch.rand(T, K), gather=gather)
+    assert torch.equal(dispatch(x_TD, routing), x_TD[routing.token_R])
+    wanted_TD = torch.zeros_like(x_TD).index_add(0, routing.token_R, y_RD * routing.weight_R[:, None])
+    torch.testing.assert_close(combine(y_RD, routing), wanted_TD)
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "index_add"])
+def test_gradients(gather):
+    x_TD = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    y_RD = torch.randn(T * K, D, dtype=torch.float64, requires_grad=True)
+    weight_TK = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    routing = make_routing(weight_TK.detach(), gather=gather)
+    assert torch.autograd.gradcheck(lambda x: dispatch(x, routing), x_TD)
+    assert torch.autograd.gradcheck(
+        lambda y, w: combine(y, make_routing(w, gather=gather)), (y_RD, weight_TK)
+    )
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "index_add"])
+def test_sixteen_bits_are_added_in_float32(gather):
+    # 256 + 1 is 256 in bfloat16; three rows of 256, 1, 1 must give 258, forward and backward.
+    routing = sort_by_expert(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), torch.zeros(1, 3))
+    routing = routing if gather else routing._replace(row_TK=None)
+    y_RD = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert combine(y_RD, routing).item() == 258
+    x_TD = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
+    dispatch(x_TD, routing).backward(y_RD)
+    assert x_TD.grad is not None
+    assert x_TD.grad.item() == 258
