@@ -1,0 +1,105 @@
+"""The Transformer: token ids in, logits and router statistics out. Parameter names are open_lm's.
+
+Shapes: B batch, S sequence, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from open_lm.config.model import ModelConfig
+from open_lm.moe.layer import MoE
+from open_lm.moe.placement import moe_layers
+from open_lm.moe.stats import RouterStats
+from open_lm.nn.attention import LayerCache
+from open_lm.nn.block import Block
+from open_lm.nn.ffn import FFNS
+from open_lm.nn.init import initialize_
+from open_lm.nn.norm import NORMS
+
+
+class Output(NamedTuple):
+    """What a forward pass returns."""
+
+    logits_BSV: Tensor
+    """In the dtype of the computation: the loss goes to fp32 chunk by chunk, without a second copy."""
+    router_stats: tuple[RouterStats, ...]
+    """One per MoE layer, lowest layer first; empty for a dense model."""
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model with mixture-of-experts layers where `config.moe` says so.
+
+    `grad_checkpointing = True` keeps only each block's input and recomputes the rest in the backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.grad_checkpointing = False
+        norm, sparse = NORMS[config.model_norm], set(moe_layers(config))
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.post_embed_norm = norm(config.dim, config.norm_eps) if config.post_embed_norm else nn.Identity()
+        self.layers = nn.ModuleList()
+        for layer in range(config.n_layers):
+            feed_forward = MoE(config) if layer in sparse else FFNS[config.ffn_type](config)
+            self.layers.append(Block(config, feed_forward))
+        self.norm = norm(config.dim, config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.tie_weights_()
+
+    def forward(self, tokens_BS: Tensor, caches: Sequence[LayerCache] | None = None) -> Output:
+        """Logits of each next token. With caches, one per layer, the tokens follow those already there."""
+        x_BSD = self.post_embed_norm(self.tok_embeddings(tokens_BS))
+        recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
+        router_stats = []
+        for layer, block in enumerate(self.layers):
+            if recompute:
+                x_BSD, stats = checkpoint(block, x_BSD, use_reentrant=False)
+            else:
+                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer])
+            if stats is not None:
+                router_stats.append(stats)
+        return Output(self.output(self.norm(x_BSD)), tuple(router_stats))
+
+    def tie_weights_(self) -> None:
+        """With weight_tying, makes the embedding and the output one Parameter again (to_empty parts them)."""
+        if self.config.weight_tying:
+            self.output.weight = self.tok_embeddings.weight
+
+    def _apply(self, fn, recurse=True):
+        """Behind .to, .to_empty, .bfloat16 …, which replace each module's parameters one by one."""
+        super()._apply(fn, recurse)
+        self.tie_weights_()
+        return self
+
+
+def build(config: ModelConfig, device: torch.device | str = "meta", seed: int = 0) -> Transformer:
+    """The model in fp32: shapes only on the meta device (the default), initialised from `seed` elsewhere."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    if torch.device(device).type != "meta":
+        model.to_empty(device=device)
+        initialize_(model, config, seed)
+    return model
+
+
+class Count(NamedTuple):
+    """Parameters of a model, tied ones once."""
+
+    total: int
+    active: int
+    """Those that one token uses: of each MoE layer's experts, top_k."""
+
+
+def count_parameters(config: ModelConfig) -> Count:
+    """Exact numbers, from the meta device: no memory, a second at most."""
+    total = experts = 0
+    for name, parameter in build(config).named_parameters():
+        total += parameter.numel()
+        experts += parameter.numel() if ".experts.mlp." in name else 0
+    each = experts // (config.moe.num_experts or 1)
+    return Count(total, total - experts + each * config.moe.top_k if experts else total)

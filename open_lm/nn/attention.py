@@ -1,0 +1,188 @@
+"""Causal multi-head self-attention, its implementations, and the KV cache.
+
+Shapes: B batch, S query positions, T key positions, D model width, H heads, K head width.
+The S queries are the last S of the T positions; without a cache S = T.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from open_lm.config.model import ModelConfig
+from open_lm.nn.norm import NORMS
+from open_lm.nn.rotary import make_position
+
+Attend = Callable[..., Tensor]
+
+
+class LayerCache:
+    """Keys and values of the positions that one layer has seen; `length` counts the positions."""
+
+    def __init__(self) -> None:
+        self.k_BTHK: Tensor | None = None
+        self.v_BTHK: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.k_BTHK is None else self.k_BTHK.shape[1]
+
+    def extend_(self, k_BSHK: Tensor, v_BSHK: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends S positions; returns the k_BTHK and v_BTHK of all T."""
+        if self.k_BTHK is not None and self.v_BTHK is not None:
+            k_BSHK = torch.cat((self.k_BTHK, k_BSHK), dim=1)
+            v_BSHK = torch.cat((self.v_BTHK, v_BSHK), dim=1)
+        self.k_BTHK, self.v_BTHK = k_BSHK, v_BSHK
+        return k_BSHK, v_BSHK
+
+
+def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """mask_ST: True where a query, one of the last S of T positions, may look."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def torch_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+    """o_BSHK = softmax(q k^T / sqrt(K)) v by torch's scaled_dot_product_attention."""
+    queries, keys = q_BSHK.shape[1], k_BTHK.shape[1]
+    mask_ST = None
+    if causal and 1 < queries < keys:  # is_causal=True would align the corner of position 0 instead
+        mask_ST = causal_mask(queries, keys, q_BSHK.device)
+    o_BHSK = F.scaled_dot_product_attention(
+        q_BSHK.transpose(1, 2),
+        k_BTHK.transpose(1, 2),
+        v_BTHK.transpose(1, 2),
+        attn_mask=mask_ST,
+        is_causal=causal and queries == keys > 1,
+    )
+    return o_BHSK.transpose(1, 2)
+
+
+def xformers_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+    """As `torch_attn`, by xformers. Raises ValueError where there is no xformers or no GPU."""
+    if not q_BSHK.is_cuda:
+        raise ValueError(
+            f"--attn-name xformers_attn runs on a GPU only, the model is on {q_BSHK.device}: "
+            "use --attn-name torch_attn"
+        )
+    try:
+        import xformers.ops as xops  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ValueError(
+            "--attn-name xformers_attn, but xformers is not installed: pip install xformers, "
+            "or use --attn-name torch_attn"
+        ) from error
+    queries, keys = q_BSHK.shape[1], k_BTHK.shape[1]
+    bias = None
+    if causal and queries == keys > 1:
+        bias = xops.LowerTriangularMask()
+    elif causal and queries > 1:
+        bias = xops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
+    return xops.memory_efficient_attention(q_BSHK, k_BTHK, v_BTHK, attn_bias=bias)
+
+
+def xformers_attn_variable_length(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+    """As `xformers_attn`, with contiguous output whatever strides the kernel chose for this length."""
+    return xformers_attn(q_BSHK, k_BTHK, v_BTHK, causal=causal).contiguous()
+
+
+# --attn-activation: what stands where softmax stood, on scores of shape (…, T)
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
+    "softplus": F.softplus,
+    "identity": lambda x: x,
+    "relu6": F.relu6,
+    "sigmoid": F.sigmoid,
+    "softmax": lambda x: x.softmax(-1),
+}
+
+# --attn-seq-scalar: sequence length in tokens → L: the most, or on average, that a query sees
+SEQUENCE_SCALARS: dict[str, Callable[[int], float]] = {
+    "max": lambda tokens: tokens,
+    "avg": lambda tokens: (tokens + 1) / 2,
+    "none": lambda tokens: 1,
+}
+
+
+def custom_attn(
+    q_BSHK: Tensor,
+    k_BTHK: Tensor,
+    v_BTHK: Tensor,
+    *,
+    causal: bool,
+    activation: str = "softmax",
+    scale: float = 1.0,
+) -> Tensor:
+    """o_BSHK = scale * activation(q k^T / sqrt(K)) v, weights in fp32 (arXiv:2309.08586: scale 1/L)."""
+    score_BHST = torch.einsum("bshk,bthk->bhst", q_BSHK * q_BSHK.shape[-1] ** -0.5, k_BTHK).float()
+    if not causal:
+        weight_BHST = ACTIVATIONS[activation](score_BHST)
+    else:
+        mask_ST = causal_mask(q_BSHK.shape[1], k_BTHK.shape[1], q_BSHK.device)
+        score_BHST = score_BHST.masked_fill(~mask_ST, torch.finfo(score_BHST.dtype).min)
+        # Every other activation is 0 at the least score; `identity` is not, and the future must not leak.
+        weight_BHST = ACTIVATIONS[activation](score_BHST).masked_fill(~mask_ST, 0)
+    return torch.einsum("bhst,bthk->bshk", (scale * weight_BHST).to(v_BTHK.dtype), v_BTHK)
+
+
+# --attn-name → fn(q_BSHK, k_BTHK, v_BTHK, *, causal) → o_BSHK
+ATTENTIONS: dict[str, Attend] = {
+    "auto": torch_attn,
+    "torch_attn": torch_attn,
+    "xformers_attn": xformers_attn,
+    "xformers_attn_variable_length": xformers_attn_variable_length,
+    "custom_attn": custom_attn,
+}
+
+
+def make_attention(config: ModelConfig) -> Attend:
+    """The function of --attn-name. Raises ValueError when custom_attn lacks one of its three flags.
+
+    custom_attn's L is that of the `seq_len` the model is trained on, at every position and in generation too:
+    an L that grew with the keys of the moment would make outputs depend on how a text is cut into calls.
+    """
+    attend = ATTENTIONS[config.attn_name]
+    if config.attn_name != "custom_attn":
+        return attend
+    chosen: dict[str, Any] = {
+        "--attn-activation": config.attn_activation,
+        "--attn-seq-scalar": config.attn_seq_scalar,
+        "--attn-seq-scalar-alpha": config.attn_seq_scalar_alpha,
+    }
+    if missing := [flag for flag, value in chosen.items() if value is None]:
+        raise ValueError(f"--attn-name custom_attn needs {', '.join(missing)}")
+    activation, scalar, alpha = chosen.values()
+    scale = SEQUENCE_SCALARS[scalar](config.seq_len) ** -alpha
+    return partial(custom_attn, activation=activation, scale=scale)
+
+
+class Attention(nn.Module):
+    """Self-attention with one query-key-value projection; H * K may be less than D (head width D // H)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = config.n_heads * config.head_dim
+        self.heads = (config.n_heads, config.head_dim)
+        self.in_proj = nn.Linear(config.dim, 3 * width, bias=False)
+        self.out_proj = nn.Linear(width, config.dim, bias=False)
+        norm = NORMS[config.model_norm]
+        self.q_norm = norm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = norm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.position = make_position(config)
+        self.attend = make_attention(config)
+
+    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """x_BSD → x_BSD. With a cache, the S tokens follow those already in it, and join them."""
+        q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
+        q_BSHK, k_BSHK = self.q_norm(q).unflatten(-1, self.heads), self.k_norm(k).unflatten(-1, self.heads)
+        v_BSHK = v.unflatten(-1, self.heads)
+        offset = 0 if cache is None else cache.length
+        q_BSHK, k_BSHK = self.position(q_BSHK, k_BSHK, offset)
+        # A norm may have gone up to fp32 under autocast; attention wants one dtype.
+        q_BSHK, k_BTHK, v_BTHK = q_BSHK.to(v.dtype), k_BSHK.to(v.dtype), v_BSHK
+        if cache is not None:
+            k_BTHK, v_BTHK = cache.extend_(k_BTHK, v_BTHK)
+        return self.out_proj(self.attend(q_BSHK, k_BTHK, v_BTHK, causal=True).flatten(2))

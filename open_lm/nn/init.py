@@ -1,0 +1,107 @@
+"""Initial values, one random stream per parameter: the same for any order, sharding or number of ranks.
+
+d: model width, h: hidden width of an FFN or expert, l: layer, counted from 0.
+
+    tok_embeddings, output                        normal, std 1/sqrt(d), truncated at 3 std
+    attention.in_proj                             "  1/sqrt(d)
+    attention.out_proj                            "  1/sqrt(2 d (l+1)), less with depth (arXiv:1908.11365)
+    feed_forward, into h (w12, 0, gate_proj …)    "  1/sqrt(d)
+    feed_forward, out of h (w3, 2, down_proj)     "  1/sqrt(2 h (l+1))
+    router, experts                               normal, std .02 (MegaBlocks' and so open_lm's)
+    experts with --moe-init scaled                as the dense FFN's
+    norms' gains                                  1
+    all biases                                    0 (open_lm left gemma_geglu's at nn.Linear's default)
+"""
+
+import hashlib
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from open_lm.config.model import ModelConfig
+
+Fill = Callable[[Tensor, torch.Generator, int, int, int], None]
+
+MEGABLOCKS_STD = 0.02
+
+
+def _truncated_(x: Tensor, std: float, stream: torch.Generator) -> None:
+    nn.init.trunc_normal_(x, std=std, a=-3 * std, b=3 * std, generator=stream)
+
+
+def _into(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    _truncated_(x, d**-0.5, stream)
+
+
+def _out_of_attention(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    _truncated_(x, (2 * d * (layer + 1)) ** -0.5, stream)
+
+
+def _out_of_ffn(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    _truncated_(x, (2 * h * (layer + 1)) ** -0.5, stream)
+
+
+def _megablocks(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    x.normal_(0.0, MEGABLOCKS_STD, generator=stream)
+
+
+def _ones(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    x.fill_(1)
+
+
+def _zeros(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    x.zero_()
+
+
+# Pattern of the whole name → how it is filled; the first match counts.
+DENSE: tuple[tuple[str, Fill], ...] = (
+    (r"(tok_embeddings|output)\.weight", _into),
+    (r".*\.attention\.in_proj\.weight", _into),
+    (r".*\.attention\.out_proj\.weight", _out_of_attention),
+    (r".*\.feed_forward\.(w12|0|gate_proj|up_proj)\.weight", _into),
+    (r".*\.feed_forward\.(w3|2|down_proj)\.weight", _out_of_ffn),
+    (r"(.*\.)?(norm|\w+_norm)\.weight", _ones),
+    (r".*\.router\.layer\.weight", _megablocks),
+    (r".*bias", _zeros),
+)
+EXPERTS: dict[str, tuple[tuple[str, Fill], ...]] = {
+    "open_lm": ((r".*\.experts\.mlp\.(w1|v1|w2)", _megablocks),),
+    "scaled": ((r".*\.experts\.mlp\.(w1|v1)", _into), (r".*\.experts\.mlp\.w2", _out_of_ffn)),
+}
+
+
+@torch.no_grad()
+def initialize_(module: nn.Module, config: ModelConfig, seed: int, prefix: str = "") -> None:
+    """Fills every parameter of `module`, whose name in the whole Transformer is `prefix` + its name here.
+
+    Each is drawn in fp32 on its own device from a stream seeded by (seed, whole name), so filling the model
+    at once, or block by block ("layers.3."), gives the same numbers. Raises ValueError for a parameter that
+    is still on the meta device, or that no row of the table matches.
+    """
+    for local_name, parameter in module.named_parameters():
+        name = prefix + local_name
+        if config.weight_tying and name == "output.weight":
+            name = "tok_embeddings.weight"  # one tensor, so one stream, whichever name it is reached by
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: call to_empty(device=...) first")
+        fill = _find(name, config)
+        layer = int(match[1]) if (match := re.match(r"layers\.(\d+)\.", name)) else 0
+        hidden = parameter.shape[-2] if ".experts.mlp." in name else parameter.shape[-1]
+        drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
+        fill(drawn, make_stream(seed, name, parameter.device), config.dim, hidden, layer)
+        parameter.copy_(drawn)
+
+
+def make_stream(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """A generator that depends on (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _find(name: str, config: ModelConfig) -> Fill:
+    for pattern, fill in (*EXPERTS[config.moe.init], *DENSE):
+        if re.fullmatch(pattern, name):
+            return fill
+    raise ValueError(f"no rule to initialise {name}: add a row to the tables of open_lm/nn/init.py")
