@@ -1,0 +1,166 @@
+"""Checkpoints: epoch_N.pt (weights), optimizer_N.pt and stats_N.pt, whole tensors whatever the sharding.
+
+Every file holds "step", so that files of different saves are never taken for one checkpoint; nothing in a
+file is executed when it is loaded. `save` and `load_…` are collective: every rank calls them, rank 0 alone
+touches the disk, and its error is raised on every rank.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from open_lm.checkpoint.files import (
+    latest,
+    paths_of,
+    prepare,
+    read,
+    read_training_state,
+    remove_temporaries,
+    replace,
+    temporary,
+    write,
+)
+from open_lm.checkpoint.fit import read_weights
+from open_lm.model import Transformer
+from open_lm.parallel.gather import gather, gather_objects, on_first_rank, spread_
+from open_lm.parallel.mesh import broadcast_object, this_rank
+from open_lm.parallel.plan import reshard_, unwrap
+
+__all__ = ["latest", "load_training_state", "load_weights", "read_model_config", "save"]
+
+
+def save(
+    folder: Path | str,
+    number: int,
+    *,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+) -> Path:
+    """Write epoch_`number`.pt and its companions; returns its path. Collective.
+
+    `state` (plain values and tensors; "step" is required, "name" is copied into every file) comes back from
+    `load_training_state`. All three files are complete on disk before the first takes its place. Raises
+    OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
+    """
+    folder = Path(folder)
+    paths = paths_of(folder / f"epoch_{number}.pt")
+    header = {"epoch": number, "name": state.get("name", ""), "step": state["step"]}
+    reshard_(model)
+    bare = unwrap(model)
+
+    def put(part: str, content: dict[str, Any]) -> None:
+        on_first_rank(lambda: write(temporary(paths[part]), header | content))
+
+    on_first_rank(lambda: prepare(folder))
+    try:
+        put("epoch", {"state_dict": _gather_weights(bare), "model_config": asdict(bare.config)})
+        put("optimizer", {"optimizer": _gather_optimizer(bare, optimizer)})
+        put("stats", {"state": state, "rng": gather_objects(_rng())})
+    except BaseException:
+        if this_rank() == 0:
+            remove_temporaries(folder)
+        raise
+    on_first_rank(lambda: replace(paths))
+    return paths["epoch"]
+
+
+def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
+    """Fill `model` from epoch_N.pt (ours or open_lm's), a bare state dict, or .safetensors. Collective.
+
+    Returns what else the file holds ("epoch", "step", "model_config", …). Raises ValueError if the file
+    cannot be read without executing it, or does not fit: then `model` is unchanged.
+    """
+    reshard_(model)
+    bare = unwrap(model)
+    loaded = on_first_rank(lambda: read_weights(Path(path), bare))
+    weights, rest = loaded if loaded else ({}, {})
+    for name, parameter in bare.named_parameters():
+        spread_(parameter, weights.get(name))
+    return broadcast_object(rest)
+
+
+def load_training_state(
+    path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Weights, moments and random state of epoch_N.pt and its companions; returns the saved `state`. Collective.
+
+    Any number of ranks may load what any number saved. Hyperparameters (betas, decay) stay `optimizer`'s:
+    flags win. Random state is restored if the number of ranks is the same. Raises ValueError if files are
+    missing or of different steps.
+    """
+    loaded = on_first_rank(lambda: read_training_state(Path(path)))
+    load_weights(path, model)
+    moments, state, rng = loaded if loaded else ({}, {}, [])
+    _spread_optimizer_(unwrap(model), optimizer, moments)
+    state, rng = broadcast_object((state, rng))
+    if len(rng) == len(gather_objects(None)):
+        _set_rng(rng[this_rank()])
+    return state
+
+
+def read_model_config(path: Path | str) -> dict[str, Any] | None:
+    """asdict(ModelConfig) of the run that wrote `path`; None if the file does not say (open_lm's do not)."""
+    path = Path(path)
+    return None if path.suffix == ".safetensors" else read(path).get("model_config")
+
+
+def _gather_weights(bare: Transformer) -> dict[str, Tensor]:
+    once: dict[int, Tensor] = {}  # tied weights are gathered, and stored, once
+    weights = {}
+    for name, tensor in bare.state_dict(keep_vars=True).items():
+        if id(tensor) not in once:
+            once[id(tensor)] = gather(tensor)
+        weights[name] = once[id(tensor)]
+    return weights
+
+
+def _gather_optimizer(bare: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """{"state": {parameter name: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": […names…]}."""
+    names = {parameter: name for name, parameter in bare.named_parameters()}
+    state = {
+        name: {key: gather(value) for key, value in optimizer.state[parameter].items()}
+        for parameter, name in names.items()
+        if optimizer.state.get(parameter)
+    }
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        | {"params": [names[p] for p in group["params"]]}
+        for group in optimizer.param_groups
+    ]
+    return {"state": state, "param_groups": groups}
+
+
+def _spread_optimizer_(
+    bare: Transformer, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]]
+) -> None:
+    """Sets `optimizer`'s state from {name: {key: whole tensor}}, which only rank 0 has."""
+    kinds = broadcast_object(
+        {name: {key: (v.shape, v.dtype) for key, v in entry.items()} for name, entry in moments.items()}
+    )
+    optimizer.state.clear()
+    for name, parameter in bare.named_parameters():
+        state = {}
+        for key, (shape, dtype) in kinds.get(name, {}).items():
+            if shape == parameter.shape:  # sharded as its parameter is
+                state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            else:
+                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
+            spread_(state[key], moments.get(name, {}).get(key))
+        if state:
+            optimizer.state[parameter] = state
+
+
+def _rng() -> dict[str, Tensor]:
+    """The state of this rank's torch generators."""
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | cuda
+
+
+def _set_rng(state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

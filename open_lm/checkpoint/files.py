@@ -1,0 +1,168 @@
+"""The files of a checkpoint on disk: written atomically, read without executing anything. One process."""
+
+import contextlib
+import errno
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PARTS = ("optimizer", "stats", "epoch")  # the order of the renames: where the epoch is, the others are
+
+
+def paths_of(epoch: Path) -> dict[str, Path]:
+    """The three files of epoch_N.pt. Raises ValueError if it is named otherwise."""
+    match = re.fullmatch(r"epoch_(\d+)\.pt", epoch.name)
+    if not match:
+        raise ValueError(
+            f"{epoch} is not named epoch_N.pt: to start from its weights alone, use --pretrained"
+        )
+    return {part: epoch.with_name(f"{part}_{match[1]}.pt") for part in PARTS}
+
+
+def temporary(path: Path) -> Path:
+    """Where `path` is written before it takes its place."""
+    return path.with_name(path.name + ".tmp")
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, and remove what a killed save left in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise OSError(e.errno, f"cannot make the checkpoint folder {folder}: {e.strerror}") from e
+    remove_temporaries(folder)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove unfinished files."""
+    for part in PARTS:
+        for path in folder.glob(f"{part}_*.pt.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """To disk (fsync), and read once: that it cannot be loaded must not be found out when it is needed.
+
+    Raises OSError naming the file.
+    """
+    try:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as e:
+        cause = next((c for c in _causes(e) if isinstance(c, OSError)), None)
+        code = cause.errno if cause and cause.errno else errno.EIO
+        reason = cause.strerror if cause else str(e)
+        raise OSError(code, f"cannot write {path}: {reason}; earlier checkpoints are unchanged") from e
+    read(path)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The exception and those it came from: torch.save hides the OSError of a full disk behind its own."""
+    at: BaseException | None = error
+    while at is not None:
+        yield at
+        at = at.__cause__ or at.__context__
+
+
+def replace(paths: dict[str, Path]) -> None:
+    """Let the temporary files take their places. Raises OSError naming the file."""
+    for part in PARTS:
+        try:
+            os.replace(temporary(paths[part]), paths[part])
+        except OSError as e:
+            raise OSError(e.errno, f"cannot replace {paths[part]}: {e.strerror}") from e
+    descriptor = os.open(paths["epoch"].parent, os.O_RDONLY)
+    # renames survive a power cut once their folder is on disk; some network file systems cannot promise it
+    with contextlib.suppress(OSError):
+        os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A file's dict, its tensors mapped from disk.
+
+    Raises FileNotFoundError, or ValueError if it is no checkpoint or holds more than plain data.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"no checkpoint file {path}")
+    with open(path, "rb") as file:
+        is_zip = file.read(4) == b"PK\x03\x04"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0][:200]
+        raise ValueError(
+            f"{path} cannot be loaded: it is damaged, no checkpoint, or holds more than plain values and "
+            f"tensors, which is refused because loading that could run code ({reason})"
+        ) from e
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not the dict of a checkpoint")
+    return content
+
+
+def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list]:
+    """(Moments, state, random state of each rank) of epoch_N.pt's companions.
+
+    Raises ValueError if one is missing, of another step, or not written by `save`.
+    """
+    paths, files = paths_of(path), {}
+    for part, file in paths.items():
+        if not file.exists():
+            raise ValueError(
+                f"{path} cannot be resumed: {file.name} is missing (--pretrained needs only weights)"
+            )
+        files[part] = read(file)
+    steps = {paths[part].name: files[part].get("step") for part in PARTS}
+    if len(set(steps.values())) != 1 or None in steps.values():
+        raise ValueError(f"{path} cannot be resumed: its files must be of one step, but have {steps}")
+    try:
+        return files["optimizer"]["optimizer"]["state"], files["stats"]["state"], files["stats"]["rng"]
+    except KeyError:
+        raise ValueError(f"{path} is of another program: use --pretrained for its weights alone") from None
+
+
+def latest(folder: Path | str) -> Path | None:
+    """The epoch_N.pt with the highest N whose three files are there and of one step; None if there is none.
+
+    Finishes a save that was killed between its renames; warns of a checkpoint it passes over. For one rank.
+    """
+    folder = Path(folder)
+    found = (re.fullmatch(r"epoch_(\d+)\.pt(\.tmp)?", path.name) for path in folder.glob("epoch_*"))
+    for number in sorted({int(match[1]) for match in found if match}, reverse=True):
+        paths = paths_of(folder / f"epoch_{number}.pt")
+        _finish_renames(paths)
+        steps = {path.name: _step(path) for path in paths.values()}
+        if None not in steps.values() and len(set(steps.values())) == 1:
+            return paths["epoch"]
+        if paths["epoch"].exists():
+            warnings.warn(
+                f"{paths['epoch']} is passed over: its files must be of one step, but have {steps}",
+                stacklevel=2,
+            )
+    return None
+
+
+def _finish_renames(paths: dict[str, Path]) -> None:
+    """Completes a save that was killed after everything was written."""
+    waiting = [part for part in PARTS if temporary(paths[part]).exists()]
+    files = [temporary(paths[part]) if part in waiting else paths[part] for part in PARTS]
+    steps = {_step(file) for file in files}
+    if waiting and len(steps) == 1 and None not in steps:
+        for part in waiting:
+            os.replace(temporary(paths[part]), paths[part])
+
+
+def _step(path: Path) -> int | None:
+    """The step that a file is of; None if it is missing, broken or does not say."""
+    try:
+        return read(path).get("step")
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,93 @@
+"""Weights of a file by the model's names, or one error that says how they do not fit."""
+
+import errno
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from open_lm.checkpoint.files import read
+from open_lm.model import Transformer
+
+# What other writers call our parameters: wrappers' prefixes; the second name open_lm's gelu FFN has.
+RENAMES = (
+    (r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module)\.", ""),
+    (r"\.(feed_forward\.)?_ff_w1\.", ".feed_forward.0."),
+    (r"\.(feed_forward\.)?_ff_w2\.", ".feed_forward.2."),
+)
+NO_WEIGHTS = r".*\.pos_embed\.inv_freq"  # open_lm's rotary tables
+
+
+def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(Weights by `model`'s names, what else the file holds) of epoch_N.pt, a bare state dict or .safetensors.
+
+    Raises ValueError if they do not fit `model`, or the file cannot be read without executing it.
+    """
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read(path)
+    weights = content.get("state_dict", content)
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise ValueError(f"{path} holds no weights: neither a state dict nor one under the key 'state_dict'")
+    rest = {k: v for k, v in content.items() if k != "state_dict"} if "state_dict" in content else {}
+    weights = rename(weights)
+    check_fit(path, weights, model)
+    return weights, rest
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, f"no checkpoint file {path}")
+    try:
+        return load_file(path)
+    except Exception as e:
+        raise ValueError(f"{path} cannot be loaded: {e}") from e
+
+
+def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors by our names, without those that are no weights."""
+    renamed = {}
+    for name, tensor in weights.items():
+        for pattern, ours in RENAMES:
+            name = re.sub(pattern, ours, name)
+        if not re.fullmatch(NO_WEIGHTS, name):
+            renamed[name] = tensor
+    return renamed
+
+
+def check_fit(path: Path, weights: dict[str, Tensor], model: Transformer) -> None:
+    """Raises one ValueError that lists what is missing, unexpected or of another shape, up to five of each."""
+    expected = dict(model.named_parameters())
+    shared = [name for name in expected if name in weights]
+    for name in shared:
+        experts, others = expected[name].shape[0], weights[name].shape[0] if weights[name].ndim else 0
+        if name.endswith(".router.layer.weight") and experts != others:
+            raise ValueError(f"--moe-num-experts {experts}, but {path} has {others} experts")
+    aliases = model.state_dict(keep_vars=True)
+    embedding = weights.get("tok_embeddings.weight")
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in aliases],
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)}, in the model {tuple(expected[name].shape)}"
+            for name in shared
+            if weights[name].shape != expected[name].shape
+        ],
+        "tied in the model but not in the file": [
+            name
+            for name, tensor in weights.items()
+            if name in aliases and name not in expected
+            if embedding is not None and not torch.equal(tensor, embedding)
+        ],
+    }
+    lines = [
+        f"{len(names)} {kind}: {'; '.join(names[:5])}{' …' if len(names) > 5 else ''}"
+        for kind, names in problems.items()
+        if names
+    ]
+    if lines:
+        raise ValueError(
+            f"{path} does not fit the model (check --model and the --moe flags)\n  " + "\n  ".join(lines)
+        )
