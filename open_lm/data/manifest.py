@@ -1,0 +1,71 @@
+"""Manifests: which tar shards a source has and how many sequences each of them holds."""
+
+import hashlib
+import json
+import posixpath
+from typing import NamedTuple
+
+from open_lm.data.remote import read_bytes
+
+COUNT_KEYS = ("num_sequences", "num_chunks")  # the second is open_lm's old name
+
+
+class Shard(NamedTuple):
+    """A tar and its number of sequences."""
+
+    url: str
+    num_sequences: int
+
+
+class Source(NamedTuple):
+    """One source of the mix: what was given, its shards, and what identifies their list."""
+
+    name: str
+    shards: tuple[Shard, ...]
+    sha256: str
+
+    @property
+    def sequences(self) -> int:
+        """Sequences in all shards."""
+        return sum(shard.num_sequences for shard in self.shards)
+
+
+def read_manifest(url: str) -> Source:
+    """The source that a local or remote manifest lists; sha256 is that of the manifest's bytes.
+
+    One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), further
+    keys are ignored, the last newline is optional. The tars lie beside the manifest.
+    ValueError names the file and the line.
+    """
+    content = read_bytes(url)
+    shards: dict[str, Shard] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        shard = parse_line(line, url, f"{url}:{number}")
+        if shard.url in shards:
+            raise ValueError(f"{url}:{number}: shard {shard.url} is listed twice")
+        shards[shard.url] = shard
+    source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest())
+    if source.sequences == 0:
+        raise ValueError(f"{url}: the manifest lists no sequences")
+    return source
+
+
+def parse_line(line: bytes, manifest: str, place: str) -> Shard:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{place}: not JSON ({error}): {line[:200]!r}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("shard"), str) or not entry["shard"]:
+        raise ValueError(f'{place}: a line must be {{"shard": NAME, "num_sequences": N}}, not {line[:200]!r}')
+    count = next((entry[key] for key in COUNT_KEYS if key in entry), None)
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{place}: num_sequences must be a whole number, not {count!r}")
+    return Shard(locate_shard(entry["shard"], manifest), count)
+
+
+def locate_shard(name: str, manifest: str) -> str:
+    """URL of a shard that the manifest names: beside it, unless the name is a URL or an absolute path."""
+    name = name if name.endswith(".tar") else f"{name}.tar"
+    return name if "://" in name else posixpath.join(posixpath.dirname(manifest), name)
