@@ -1,0 +1,16 @@
+"""Runs' logs to one HTML page that opens anywhere: `python -m open_lm.report LOGS/RUN … --output report.html`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_lm.report.page import make_page
+from open_lm.report.runs import Run, read_run
+
+
+def write_report(folders: Sequence[Path], output: Path, title: str = "Report") -> list[Run]:
+    """Reads the runs in `folders`, writes the page to `output`, returns the runs."""
+    runs = [read_run(folder) for folder in folders]
+    page = make_page(runs, title)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page, encoding="utf-8")
+    return runs

@@ -1,0 +1,33 @@
+"""python -m open_lm.report LOGS/RUN [LOGS/RUN2 …] --output report.html"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from open_lm.report import write_report
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write one HTML page about one or more runs: loss, held-out perplexity, what the experts did."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """The runs' folders, LOGS/NAME; the first is the one that the others are compared with."""
+
+    output: Path = Path("report.html")
+    """The page."""
+
+    title: str = "Report"
+    """Its heading."""
+
+
+def main() -> None:
+    config = tyro.cli(ReportConfig)
+    write_report(config.runs, config.output, config.title)
+    print(f"wrote {config.output}")
+
+
+if __name__ == "__main__":
+    main()
