@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ class Log:
         """`local`: this rank writes a text log of its own, out-RANK.log. Only rank 0 writes metrics."""
         self.folder = folder
         self.is_main = rank == 0
-        self.console = Console(stderr=False, soft_wrap=True)
+        self.console = Console()
         self._jsonl: TextIO | None = None
         self._sinks: list[tuple[str, Callable[[dict[str, float], int], None], Callable[[], None]]] = []
         self._bar: Progress | None = None
@@ -36,8 +37,7 @@ class Log:
         logger.propagate = False
         logger.setLevel(logging.DEBUG if debug else logging.INFO)
         if self.is_main:
-            logger.addHandler(RichHandler(console=self.console, show_path=False, show_level=False,
-                                          log_time_format="%H:%M:%S", omit_repeated_times=False))  # fmt: skip
+            logger.addHandler(self._console_handler())
             folder.mkdir(parents=True, exist_ok=True)
             self._jsonl = open(folder / "log.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         if self.is_main or local:
@@ -47,6 +47,17 @@ class Log:
             logger.addHandler(handler)
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())
+
+    def _console_handler(self) -> logging.Handler:
+        """Lines above the bar on a terminal; elsewhere lines as they are, never wrapped."""
+        if self.console.is_terminal:
+            return RichHandler(
+                console=self.console, show_path=False, show_level=False, log_time_format="%H:%M:%S",
+                omit_repeated_times=False,
+            )  # fmt: skip
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        return handler
 
     def describe(self, flags: Mapping[str, Any], **facts: Any) -> None:
         """Writes params.txt and the run's first line in log.jsonl."""

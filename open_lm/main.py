@@ -122,6 +122,7 @@ def prepare(
             vocab_size=config.vocab_size,
             max_tokens=run.eval.val_num_samples,
             ignore_parse_errors=run.data.ignore_parse_errors,
+            workers=run.data.workers,
         )
         for entry, key in zip(entries, keys, strict=True)
     )
@@ -188,7 +189,7 @@ def execute(job: Job) -> None:
             logger.warning(note)
         logger.info(
             f"{job.folder} | {run.model.model}: {total:,} parameters, {active:,} active | "
-            f"{world.world_size} ranks on {device_name(world.device)}"
+            f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
         model = parallelize(
             job.config,
@@ -215,10 +216,9 @@ def device_name(device: torch.device) -> str:
 def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
     """`--val-data … --resume …` without training data. Results go beside the checkpoint, as open_lm's."""
     assert job.start_from is not None
-    checkpoint.load_weights(job.start_from, model)
-    state = checkpoint.read_state(job.start_from)
-    progress = Progress(**state.get("progress", {}))
-    evaluate_all(job, model, log, progress, job.start_from)
+    with refusing():
+        step = checkpoint.load_weights(job.start_from, model).get("step") or 0
+    evaluate_all(job, model, log, step, job.start_from)
 
 
 def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
@@ -229,11 +229,13 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
     progress = Progress()
     if run.checkpoint.pretrained:
-        checkpoint.load_weights(run.checkpoint.pretrained, model)
+        with refusing():
+            checkpoint.load_weights(run.checkpoint.pretrained, model)
         logger.info("weights from %s, a new optimizer at step 0", run.checkpoint.pretrained)
     elif job.start_from:
-        state = checkpoint.load_training_state(job.start_from, model, optimizer)
-        refuse_changed_data(state["data"], data.fingerprint(), job.start_from)
+        with refusing():
+            state = checkpoint.load_training_state(job.start_from, model, optimizer)
+            refuse_changed_data(state["data"], data.fingerprint(), job.start_from)
         progress = Progress(**state["progress"])
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
@@ -249,25 +251,17 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         path = folder / f"epoch_{n}.pt"
         if last or (every and n % every == 0):
             state = {
+                "name": job.folder.name,
+                "step": progress.step,
                 "progress": progress.to_dict(),
                 "loss_scale": loss_scale.state_dict() if loss_scale else None,
                 "data": data.fingerprint(),
                 "flags": flag_values(run),
             }
-            checkpoint.save(
-                folder,
-                n,
-                model=model,
-                optimizer=optimizer,
-                name=job.folder.name,
-                step=progress.step,
-                model_config=job.config,
-                state=state,
-                is_final=progress.step == schedule.total_steps,
-            )
+            checkpoint.save(folder, n, model=model, optimizer=optimizer, state=state)
             logger.info("saved %s at step %d", path, progress.step)
         if job.val_data and (last or n % run.eval.val_frequency == 0):
-            evaluate_all(job, model, log, progress, str(path))
+            evaluate_all(job, model, log, progress.step, str(path))
 
     train(
         model,
@@ -286,7 +280,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
     )
 
 
-def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path: str) -> None:
+def evaluate_all(job: Job, model: nn.Module, log: Log, step: int, path: str) -> None:
     """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`."""
     for val_data in job.val_data:
         result = evaluate(
@@ -298,13 +292,13 @@ def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path:
         )
         entry = {"val_data": val_data.entry, "checkpoint_path": path, "model": job.run.model.model}
         entry |= {f"valid/{name}": value for name, value in result.items()}
-        log.metrics({"tokens": progress.tokens, **entry}, progress.step)
+        log.metrics(entry, step)
         if job.world.rank == 0:
             logger.info(
                 "%s: loss %.6f | perplexity %.4f | %s tokens",
                 val_data.entry, result["loss"], result["perplexity"], f"{result['tokens']:,}",
             )  # fmt: skip
-            append_result(Path(path).parent / "results.jsonl", {"step": progress.step, **entry})
+            append_result(Path(path).parent / "results.jsonl", {"step": step, **entry})
 
 
 def append_result(path: Path, entry: dict[str, Any]) -> None:

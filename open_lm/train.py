@@ -122,14 +122,14 @@ def accumulate_gradients(
             (objective * loss_scale).backward()
             clock.lap("backward_time")
         stats = output.router_stats
-        sums.append(torch.cat((torch.stack((loss.nll_sum, loss.z_sum)).detach().double(), pack(stats))))
+        token_sums = torch.stack((loss.nll_sum, loss.z_sum)).detach().double()
+        sums.append(torch.cat((token_sums, pack(stats))) if stats else token_sums)
     flat = sum_over_ranks_(torch.stack(sums).sum(0))
     clock.lap("sync_time")
     loss, z_loss = flat[:2] / max(tokens, 1)
     n = len(micro_batches) * world.world_size
-    means = [
-        s._replace(balance_loss=s.balance_loss / n, z_loss=s.z_loss / n) for s in unpack(flat[2:], stats)
-    ]
+    layers = unpack(flat[2:], stats) if stats else []
+    means = [s._replace(balance_loss=s.balance_loss / n, z_loss=s.z_loss / n) for s in layers]
     return StepResult(loss, z_loss, tokens, means)
 
 

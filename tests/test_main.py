@@ -35,10 +35,11 @@ def lines(logs: Path, name: str = "run", key: str = "train/loss") -> list[dict]:
 
 
 def torchrun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess:
+    # `--`: before Python 3.12.8, torchrun's own parser takes our --logs for its --logs-specs (MOE.md says so)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*command, "-m", "open_lm.main", *arguments],
+        [*command, "-m", "--", "open_lm.main", *arguments],
         env=environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
@@ -47,12 +48,12 @@ def torchrun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess:
 def test_six_steps_equal_three_and_three(sources, tmp_path, moe) -> None:
     main(flags(sources, tmp_path / "once", f"{moe} --max-steps 6"))
     main(flags(sources, tmp_path / "twice", f"{moe} --max-steps 3"))
+    start = torch.load(tmp_path / "twice/run/checkpoints/epoch_1.pt", weights_only=True)
+    assert start["step"] == 3
     main(flags(sources, tmp_path / "twice", f"{moe} --max-steps 6 --resume latest"))
     once, twice = weights(tmp_path / "once", 2), weights(tmp_path / "twice", 2)
     assert once.keys() == twice.keys()
     assert all(torch.equal(once[name], twice[name]) for name in once)
-    start = torch.load(tmp_path / "twice/run/checkpoints/epoch_1.pt", weights_only=True)
-    assert start["step"] == 3
     assert not torch.equal(start["state_dict"]["output.weight"], once["output.weight"])
     optimizers = [
         torch.load(tmp_path / f"{run}/run/checkpoints/optimizer_2.pt", weights_only=True)["optimizer"]
@@ -207,7 +208,7 @@ def test_two_ranks_refuse_with_one_message(sources, tmp_path) -> None:
     done = torchrun(2, flags(sources, tmp_path, "--moe-top-k 4 --moe-num-experts 2"))
     assert done.returncode != 0
     assert done.stderr.count("--moe-top-k 4 > --moe-num-experts 2") == 1
-    assert "Traceback" not in done.stderr.split("torch.distributed")[0]
+    assert "open_lm/main.py" not in done.stderr  # no traceback of ours above it
 
 
 def test_synthetic_data_and_tools_that_fail(sources, tmp_path, monkeypatch, capsys) -> None:
