@@ -243,7 +243,7 @@ def test_files_of_different_steps_are_never_one_checkpoint(tmp_path):
     (tmp_path / "optimizer_1.pt").rename(tmp_path / "optimizer_2.pt")
     with pytest.raises(ValueError, match=r"epoch_2.pt cannot be resumed.*'optimizer_2.pt': 1"):
         checkpoint.load_training_state(path, *make())
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="is passed over") as caught:
         assert checkpoint.latest(tmp_path) is None
     texts = [str(warning.message) for warning in caught]
     assert len(texts) == 2

@@ -157,7 +157,8 @@ def _finish_renames(paths: dict[str, Path]) -> None:
     steps = {_step(file) for file in files}
     if waiting and len(steps) == 1 and None not in steps:
         for part in waiting:
-            os.replace(temporary(paths[part]), paths[part])
+            with contextlib.suppress(FileNotFoundError):  # another process was quicker
+                os.replace(temporary(paths[part]), paths[part])
 
 
 def _step(path: Path) -> int | None:

@@ -62,11 +62,13 @@ def parallelize(
     if distributed.fsdp:
         fully_shard(model, mesh=world.mesh, mp_policy=policy)
         return model
-    whole = HalfForward(model) if precision == "fp16" else model
+    if precision == "fp16":
+        for unit in (*model.layers, *(child for child in model.children() if child is not model.layers)):
+            _cast_in_forward_(unit, torch.float16)
     if world.world_size == 1:
-        return whole
+        return model
     return DistributedDataParallel(
-        whole,
+        model,
         static_graph=distributed.ddp_static_graph,
         gradient_as_bucket_view=True,
     )
@@ -107,16 +109,35 @@ def _materialize_(
         module.to(dtype)
 
 
-class HalfForward(nn.Module):
-    """Runs `module` on fp16 casts of its fp32 parameters; gradients arrive at these in fp32."""
+def _cast_in_forward_(module: nn.Module, dtype: torch.dtype) -> None:
+    """Lets `module` compute with casts of its parameters; gradients arrive at these in their own dtype.
 
-    def __init__(self, module: Transformer):
-        super().__init__()
-        self.module = module
+    Inside of the module's forward, so that a recomputation (grad checkpointing) casts again.
+    """
+    forward = module.forward
 
-    def forward(self, *inputs: Any, **options: Any) -> Any:
-        half = {name: p.half() for name, p in self.module.named_parameters()}
-        return torch.func.functional_call(self.module, half, inputs, options)
+    def forward_with_casts(*inputs: Any, **options: Any) -> Any:
+        with _parameters_as(module, dtype):
+            return forward(*inputs, **options)
+
+    module.forward = forward_with_casts
+
+
+@contextmanager
+def _parameters_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    held = [
+        (owner, name, parameter)
+        for owner in module.modules()
+        for name, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+    try:
+        for owner, name, parameter in held:
+            owner._parameters[name] = parameter.to(dtype)  # pyright: ignore[reportArgumentType]
+        yield
+    finally:
+        for owner, name, parameter in held:
+            owner._parameters[name] = parameter
 
 
 def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextManager:
@@ -127,8 +148,8 @@ def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextM
 
 
 def unwrap(model: nn.Module) -> Transformer:
-    """The Transformer inside DDP and precision wrappers. Its parameters stay sharded under FSDP."""
-    while isinstance(model, DistributedDataParallel | HalfForward):
+    """The Transformer inside DDP. Its parameters stay sharded under FSDP."""
+    if isinstance(model, DistributedDataParallel):
         model = model.module
     assert isinstance(model, Transformer)
     return model
