@@ -31,6 +31,12 @@ PLAIN, FSDP = DistributedConfig(), DistributedConfig(fsdp=True)
 ALONE = mesh.World(0, 0, 1, torch.device("cpu"), None)
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Ranks are gloo's, wherever the tests run."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 def make(config=SPARSE, world=ALONE, distributed=PLAIN, precision="fp32", seed=1):
     model = plan.parallelize(config, world=world, distributed=distributed, precision=precision, seed=seed)
     return model, optim.make_optimizer(model, OptimConfig(lr=1e-3))

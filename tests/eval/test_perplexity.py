@@ -24,6 +24,12 @@ PLAIN = DistributedConfig()
 ALONE = mesh.World(0, 0, 1, torch.device("cpu"), None)
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """Ranks are gloo's, wherever the tests run."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
 class Sequences:
     """Stands in for ValData: 7 sequences, one of them bad, another with masked targets."""
 

@@ -12,6 +12,13 @@ from open_lm.parallel import mesh
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """These tests are of gloo and CPUs, wherever they run; test_gpu.py has the others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(mesh, "_device", lambda *_: torch.device("cpu"))
+
+
 def test_one_process_needs_no_group(monkeypatch):
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)

@@ -28,6 +28,13 @@ PLAIN, FSDP = DistributedConfig(), DistributedConfig(fsdp=True)
 ALONE = mesh.World(0, 0, 1, torch.device("cpu"), None)
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    """These tests are of gloo and CPUs, wherever they run; test_gpu.py has the others."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(mesh, "_device", lambda *_: torch.device("cpu"))
+
+
 @pytest.fixture
 def group_of_one(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
