@@ -149,6 +149,15 @@ def test_a_token_outside_the_vocabulary_is_named(write_shard, tmp_path, workers,
         list(train_data(config, global_batch=3).batches(0, 1))
 
 
+def test_a_window_of_a_longer_sequence_is_the_same_for_any_ranks(write_shard, tmp_path):
+    path = write_shard(tmp_path / "a.tar", [list(range(500))] * 8)
+    config = DataConfig(train_data=(path,), data_key="json", workers=0)
+    (whole,) = read(train_data(config), 0, 1)
+    halves = [read(train_data(config, rank=rank, world_size=2), 0, 1)[0] for rank in (0, 1)]
+    assert halves[0] + halves[1] == whole
+    assert len(set(whole)) > 4
+
+
 def test_a_manifest_that_promises_too_much_is_an_error(write_source, tmp_path):
     manifest = write_source(tmp_path, [5])
     (tmp_path / "manifest.jsonl").write_text(json.dumps({"shard": "shard_00000000", "num_sequences": 6}))
@@ -232,7 +241,7 @@ def test_synthetic_tokens_are_shared_like_data():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_held_out_data_is_read_once(write_source, tmp_path, workers, world_size):
     manifest = write_source(tmp_path, [5, 3, 3])
     per_rank = []

@@ -95,6 +95,7 @@ def test_passes_and_seeds_have_different_orders():
     assert by_shard[0][:50] != by_shard[0][50:]
     shards = [shard for shard, _ in first[:LANES]]
     assert shards != sorted(shards)
+    assert shards != [shard for shard, _ in first[400 : 400 + LANES]]
 
 
 def test_few_shards_are_open_at_a_time_and_lanes_keep_the_stored_order_without_shuffling():

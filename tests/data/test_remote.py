@@ -1,5 +1,6 @@
 import multiprocessing
 import os
+import time
 
 import pytest
 
@@ -94,6 +95,14 @@ def test_the_cache_is_bounded_and_open_files_survive_eviction(tmp_path):
     os.close(first)
     os.close(open_file("pipe:printf %01000d 1", cache))  # fetched again
     assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) == 2000
+
+
+def test_what_was_opened_last_is_kept(tmp_path):
+    cache, log = Cache(tmp_path / "cache", limit_bytes=250), tmp_path / "log"
+    for name in "abacab":  # c evicts b
+        os.close(open_file(f"pipe:echo -n {name} >> {log}; printf %0100d 0", cache))
+        time.sleep(0.01)
+    assert log.read_text() == "abcb"
 
 
 def test_downloads_of_dead_processes_are_removed(tmp_path):

@@ -42,7 +42,7 @@ def write_tar(path, tar_format, names, mtime=0):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
         folder = tarfile.TarInfo("folder.json")
-        folder.type = tarfile.DIRTYPE if "a/b.json" in names else tarfile.REGTYPE
+        folder.type = tarfile.DIRTYPE if tar_format == tarfile.GNU_FORMAT else tarfile.REGTYPE
         tar.addfile(folder)
 
 
