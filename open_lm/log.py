@@ -7,6 +7,7 @@ A run's folder LOGS/NAME holds out.log (text), log.jsonl (every metric, one JSON
 import json
 import logging
 import math
+import netrc
 import os
 import subprocess
 import sys
@@ -159,8 +160,7 @@ def _tensorboard(folder: Path) -> tuple[Callable, Callable]:
 def _wandb(folder: Path, project: str, notes: str, flags: Mapping[str, Any]) -> tuple[Callable, Callable]:
     import wandb
 
-    has_key = "WANDB_API_KEY" in os.environ or wandb.api.api_key is not None
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_key else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
     run = wandb.init(
         project=project,
         name=folder.name,
@@ -171,6 +171,16 @@ def _wandb(folder: Path, project: str, notes: str, flags: Mapping[str, Any]) -> 
         settings=wandb.Settings(silent=True),
     )
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
+
+
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` has been run, or its variable is set."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _flatten(entry: Mapping[str, Any]) -> dict[str, float]:

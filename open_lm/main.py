@@ -217,8 +217,9 @@ def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
     """`--val-data … --resume …` without training data. Results go beside the checkpoint, as open_lm's."""
     assert job.start_from is not None
     with refusing():
-        step = checkpoint.load_weights(job.start_from, model).get("step") or 0
-    evaluate_all(job, model, log, step, job.start_from)
+        saved = checkpoint.load_weights(job.start_from, model)
+    progress = Progress(step=saved.get("step") or 0, tokens=saved.get("tokens") or 0)
+    evaluate_all(job, model, log, progress, job.start_from)
 
 
 def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
@@ -253,6 +254,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
             state = {
                 "name": job.folder.name,
                 "step": progress.step,
+                "tokens": progress.tokens,
                 "progress": progress.to_dict(),
                 "loss_scale": loss_scale.state_dict() if loss_scale else None,
                 "data": data.fingerprint(),
@@ -261,7 +263,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
             checkpoint.save(folder, n, model=model, optimizer=optimizer, state=state)
             logger.info("saved %s at step %d", path, progress.step)
         if job.val_data and (last or n % run.eval.val_frequency == 0):
-            evaluate_all(job, model, log, progress.step, str(path))
+            evaluate_all(job, model, log, progress, str(path))
 
     train(
         model,
@@ -280,7 +282,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
     )
 
 
-def evaluate_all(job: Job, model: nn.Module, log: Log, step: int, path: str) -> None:
+def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path: str) -> None:
     """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`."""
     for val_data in job.val_data:
         result = evaluate(
@@ -290,15 +292,20 @@ def evaluate_all(job: Job, model: nn.Module, log: Log, step: int, path: str) -> 
             world=job.world,
             precision=job.run.optim.precision,
         )
-        entry = {"val_data": val_data.entry, "checkpoint_path": path, "model": job.run.model.model}
+        entry: dict[str, Any] = {
+            "tokens": progress.tokens,
+            "val_data": val_data.entry,
+            "checkpoint_path": path,
+            "model": job.run.model.model,
+        }
         entry |= {f"valid/{name}": value for name, value in result.items()}
-        log.metrics(entry, step)
+        log.metrics(entry, progress.step)
         if job.world.rank == 0:
             logger.info(
                 "%s: loss %.6f | perplexity %.4f | %s tokens",
                 val_data.entry, result["loss"], result["perplexity"], f"{result['tokens']:,}",
             )  # fmt: skip
-            append_result(Path(path).parent / "results.jsonl", {"step": step, **entry})
+            append_result(Path(path).parent / "results.jsonl", {"step": progress.step, **entry})
 
 
 def append_result(path: Path, entry: dict[str, Any]) -> None:
