@@ -3,8 +3,8 @@
     python moe/bench.py --device cuda --dtype bf16 160m olmoe
     python moe/bench.py demo --output records.jsonl
 
-Routing is what a freshly initialised router does to random tokens, dropless unless --capacity-factor is given.
-TFLOP/s counts the experts' matrix products only (6 * tokens * k * matrices * d * width); the time has everything.
+Routing is what a fresh router does to random tokens, and dropless unless --capacity-factor is given.
+TFLOP/s counts the experts' matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
             module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
             module = module.to(chosen.device, DTYPES[chosen.dtype][0])
             if chosen.compile and layer != "reference":
-                module = torch.compile(module, fullgraph=True)
+                module.compile(fullgraph=True)
             step = step_of(module, shape, chosen.device, chosen.dtype)
             seconds, peak = measure(step, chosen.device, chosen.repeats)
             speed, rate = shape.tokens / seconds, shape.flops / seconds / 1e12

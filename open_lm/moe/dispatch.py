@@ -54,17 +54,18 @@ class _Combine(torch.autograd.Function):
         y_RD, weight_R, token_R = ctx.saved_tensors
         g_RD = g_TD[token_R]
         gradient_of_weight_R = (y_RD * g_RD).sum(dim=-1, dtype=weight_R.dtype)
-        return (g_RD * weight_R[:, None]).to(y_RD.dtype), gradient_of_weight_R, None, None, None
+        return g_RD.mul_(weight_R[:, None]), gradient_of_weight_R, None, None, None
 
 
 def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int):
-    """Per token the (weighted) sum of its rows, (T, D): in float32 or wider, rounded once to v's dtype."""
+    """Per token the (weighted) sum of its rows, (T, D), in v's dtype; the sum itself is in float32 or wider."""
     if row_TK is not None:
         v_TKD = v_RD[row_TK]
         if weight_R is not None:
-            v_TKD = v_TKD * weight_R[row_TK, None]
-        # torch adds 16-bit numbers in float32 inside a sum.
-        return v_TKD.sum(dim=1).to(v_RD.dtype)
+            # In place, a product of float32 and 16 bits is rounded once and needs no float32 copy of all rows.
+            v_TKD.mul_(weight_R[row_TK, None])
+        # Inside a sum torch adds 16-bit numbers in float32.
+        return v_TKD.sum(dim=1)
     weighted_RD = v_RD if weight_R is None else v_RD * weight_R[:, None]
     wide = torch.promote_types(v_RD.dtype, torch.float32)
     out_TD = torch.zeros(tokens, v_RD.shape[1], dtype=wide, device=v_RD.device)

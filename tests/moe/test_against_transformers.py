@@ -13,6 +13,11 @@ from open_lm.moe.layer import MoE
 D, WIDTH, E, K = 24, 20, 6, 3
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 def mixtral() -> torch.nn.Module:
     config = MixtralConfig(hidden_size=D, intermediate_size=WIDTH, num_local_experts=E, num_experts_per_tok=K)
     config._experts_implementation = "eager"

@@ -41,10 +41,10 @@ def test_gradients(gather):
 
 @pytest.mark.parametrize("gather", [True, False], ids=["gather", "index_add"])
 def test_sixteen_bits_are_added_in_float32(gather):
-    # 256 + 1 is 256 in bfloat16; three rows of 256, 1, 1 must give 258, forward and backward.
+    # 1 + 256 is 256 in bfloat16; three rows of 1, 256, 1 must give 258, forward and backward.
     routing = sort_by_expert(torch.tensor([[0, 1, 2]]), torch.ones(1, 3), torch.zeros(1, 3))
     routing = routing if gather else routing._replace(row_TK=None)
-    y_RD = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    y_RD = torch.tensor([[1.0], [256.0], [1.0]], dtype=torch.bfloat16)
     assert combine(y_RD, routing).item() == 258
     x_TD = torch.ones(1, 1, dtype=torch.bfloat16, requires_grad=True)
     dispatch(x_TD, routing).backward(y_RD)

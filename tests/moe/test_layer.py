@@ -13,6 +13,12 @@ from open_lm.moe.layer import MoE, capacity
 from open_lm.moe.routers import top_k
 from open_lm.moe.routing import drop_by_position
 
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 BACKENDS = ["reference", "grouped_mm"]
 
 

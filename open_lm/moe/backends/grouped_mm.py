@@ -41,9 +41,8 @@ def _group_ends(routing: Routing) -> Tensor:
     Rows outside all groups would stay uninitialised, forward and in the input's gradient. Computed and then
     multiplied by their weight 0 they count as zeros in both: cheaper than two masked copies of all rows.
     """
-    end_E = routing.count_E.cumsum(0)
-    end_E[-1] = routing.token_R.numel()
-    return end_E.to(torch.int32)
+    end_E = routing.count_E.cumsum(0, dtype=torch.int32)
+    return F.pad(end_E[:-1], (0, 1), value=routing.token_R.numel())
 
 
 def _align(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,31 @@
+"""moe/bench.py: it runs on a CPU, and its record's numbers agree with each other."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "moe" / "bench.py"
+
+
+def test_table_and_records(tmp_path):
+    output = tmp_path / "records.jsonl"
+    command = [sys.executable, SCRIPT, "demo", "--device", "cpu", "--dtype", "fp32", "--tokens", "64"]
+    printed = subprocess.run(
+        [*command, "--repeats", "2", "--output", output], check=True, capture_output=True, text=True
+    ).stdout
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["layer"] for row in rows] == ["dense", "reference", "grouped_mm"]
+    assert len(printed.splitlines()) == 4
+    for row in rows:
+        seconds = row["milliseconds"] / 1e3
+        assert math.isclose(row["tokens_per_second"], 64 / seconds)
+        # Two matrices of 192 x 768, two experts a token, 2 FLOPs a multiply-add, backward twice the forward.
+        assert math.isclose(row["tflops"], 64 * 2 * 2 * 192 * 768 * 2 * 3 / seconds / 1e12)
+
+
+def test_unknown_shape():
+    result = subprocess.run([sys.executable, SCRIPT, "42m"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "no shape '42m'" in result.stderr
