@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from open_lm.report.chart import short
 
 ALL = "all held-out text"
+EVALUATION_KEYS = {"step", "tokens", "val_data", "valid/loss", "valid/tokens"}
 
 
 class Evaluation(NamedTuple):
@@ -82,11 +83,13 @@ def read_run(folder: Path) -> Run:
             while training and training[-1]["step"] >= line["step"]:
                 training.pop()
             training.append(line)
-        elif "val_data" in line:
+        else:
             results.append(line)
-    results += [line for line in read_lines(folder / "checkpoints" / "results.jsonl") if "val_data" in line]
+    results += read_lines(folder / "checkpoints" / "results.jsonl")
     found = {}
     for r in results:
+        if not r.keys() >= EVALUATION_KEYS:  # a line of another kind, or of another program
+            continue
         one = Evaluation(r["step"], r["tokens"], r["val_data"], r["valid/loss"], r["valid/tokens"])
         found[one.step, one.entry] = one
     return Run(facts.get("name", folder.name), facts, training, sorted(found.values(), key=lambda e: e.step))
