@@ -74,10 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Turns a ValueError of flags or files, met before any work, into one message and exit status 2."""
+    """Turns an error in flags or files, met before any work, into one message and exit status 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"open_lm.main: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
