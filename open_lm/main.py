@@ -30,6 +30,7 @@ from open_lm.log import Log, logger
 from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
+from open_lm.parallel.gather import on_first_rank
 from open_lm.parallel.mesh import World
 from open_lm.parallel.plan import parallelize
 from open_lm.train import Progress, train
@@ -89,7 +90,7 @@ def prepare(
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
-    start_from = mesh.broadcast_object(find_start(run, folder) if world.rank == 0 else None)
+    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder)))
     notes = list(notes)
     if start_from is not None:
         saved = checkpoint.read_model_config(start_from)

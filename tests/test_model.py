@@ -206,8 +206,8 @@ OPTIONS = [
     *({"positional_embedding_type": name} for name in typing.get_args(PositionName)),
     {"post_embed_norm": True},
     {"dim": 488, "n_heads": 12, "n_layers": 1},
-    {"moe": SPARSE.moe},
-    {"moe": replace(SPARSE.moe, ffn_type="swiglu", backend="reference")},
+    pytest.param({"moe": SPARSE.moe}, id="moe"),
+    pytest.param({"moe": replace(SPARSE.moe, ffn_type="swiglu", backend="reference")}, id="moe swiglu"),
 ]
 
 

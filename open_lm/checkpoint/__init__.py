@@ -42,8 +42,8 @@ def save(
 ) -> Path:
     """Write epoch_`number`.pt and its companions; returns its path. Collective.
 
-    `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file) comes back from
-    `load_training_state`. All three files are complete on disk before the first takes its place. Raises
+    `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file)
+    comes back from `load_training_state`. All three files are complete on disk before the first takes its place. Raises
     OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
     """
     folder = Path(folder)
