@@ -71,10 +71,16 @@ def test_commands_parse(document: str, command: str) -> None:
 
 
 def test_the_published_commands_are_in_the_documents() -> None:
-    """The two of open_lm's MOE.md; only paths and, for evaluation, the number of experts differ."""
+    """The two of open_lm's MOE.md; paths and the evaluation's number of experts differ."""
     text = " ".join(c for _, c in COMMANDS)
-    for flag in ("--batch-size 8 --accum-freq 4", "--disable-meta-device", "--moe-loss-weight 0.1", "--resume latest",
-                 "--lr-cooldown-end 0.00001", "pipe:aws s3 cp"):  # fmt: skip
+    for flag in (
+        "--batch-size 8 --accum-freq 4",
+        "--disable-meta-device",
+        "--moe-loss-weight 0.1",
+        "--resume latest",
+        "--lr-cooldown-end 0.00001",
+        "pipe:aws s3 cp",
+    ):
         assert flag in text
 
 

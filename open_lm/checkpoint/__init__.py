@@ -43,8 +43,8 @@ def save(
     """Write epoch_`number`.pt and its companions; returns its path. Collective.
 
     `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file)
-    comes back from `load_training_state`. All three files are complete on disk before the first takes its place. Raises
-    OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
+    comes back from `load_training_state`. All three files are complete on disk before the first takes its
+    place. Raises OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
     """
     folder = Path(folder)
     paths = paths_of(folder / f"epoch_{number}.pt")
