@@ -118,12 +118,16 @@ def test_xformers_needs_a_gpu():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # triton's, as xformers is imported
 @pytest.mark.parametrize("name", ["xformers_attn", "xformers_attn_variable_length"])
 @pytest.mark.parametrize(("queries", "keys"), [(8, 8), (1, 8), (3, 8)])
 def test_xformers_agrees_with_torch(name, queries, keys):
     pytest.importorskip("xformers")
     q, k, v = (x.cuda() for x in make_qkv(queries, keys))
-    out = ATTENTIONS[name](q, k, v, causal=True)
+    try:
+        out = ATTENTIONS[name](q, k, v, causal=True)
+    except NotImplementedError as error:  # a wheel for another CUDA has no operators
+        pytest.skip(str(error)[-200:])
     torch.testing.assert_close(out, torch_attn(q, k, v, causal=True), atol=1e-5, rtol=1e-5)
 
 
