@@ -51,11 +51,12 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
                "--precision", "amp_bfloat16", "--grad-clip-norm", "1", "--model-norm", "gain_only_layer_norm",
                "--batch-size", str(speed.batch_size * speed.accum_freq), "--accum-freq", str(speed.accum_freq),
                "--train-num-samples", "1000000000", "--epochs", "1", "--max-steps", str(speed.steps),
-               "--log-every-n-steps", str(log_every), "--logs", str(logs), "--name", name]  # fmt: skip
+               "--log-every-n-steps", str(log_every)]  # fmt: skip
     if experts > 1:
         command += ["--moe-freq", "2", "--moe-num-experts", str(experts)]
     command += speed.flags.split()
-    done = subprocess.run(command, capture_output=True, text=True)
+    place = ["--logs", str(logs), "--name", name]
+    done = subprocess.run([*command, *place], capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
         done.check_returncode()
