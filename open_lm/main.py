@@ -28,6 +28,7 @@ from open_lm.data.loader import TrainData, ValData
 from open_lm.eval.perplexity import evaluate
 from open_lm.log import Log, logger
 from open_lm.model import count_parameters
+from open_lm.nn.attention import load_xformers
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import on_first_rank
@@ -97,6 +98,8 @@ def prepare(
         if saved is not None:
             config, taken = reconcile(config, saved, given, start_from)
             notes += taken
+    if config.attn_name.startswith("xformers"):
+        load_xformers(world.device)
     val_batch = run.eval.global_val_batch_size or batch.rank_sequences * world.world_size
     if val_batch % world.world_size:
         raise ValueError(f"--global-val-batch-size {val_batch} is not divisible by {world.world_size} ranks")

@@ -225,3 +225,22 @@ def test_synthetic_data_and_tools_that_fail(sources, tmp_path, monkeypatch, caps
     )
     assert len(lines(tmp_path)) == 2
     assert "tensorboard could not be started" in (tmp_path / "run/out.log").read_text()
+
+
+def test_wandb_without_a_key_is_offline(tmp_path, monkeypatch) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    main(
+        shlex.split(
+            f"{RUN} --dataset-type synthetic --logs {tmp_path} --name run --report-to wandb --max-steps 2"
+        )
+    )
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_default_name_and_log_local(tmp_path) -> None:
+    main(shlex.split(f"{RUN} --dataset-type synthetic --logs {tmp_path} --log-local --max-steps 1"))
+    (folder,) = tmp_path.iterdir()
+    assert "model_open_lm_test_tiny-lr_0.01-b_8" in folder.name
+    assert (folder / "out-0.log").exists()

@@ -60,12 +60,11 @@ def torch_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) 
     return o_BHSK.transpose(1, 2)
 
 
-def xformers_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
-    """As `torch_attn`, by xformers. Raises ValueError where there is no xformers or no GPU."""
-    if not q_BSHK.is_cuda:
+def load_xformers(device: torch.device) -> Any:
+    """The module xformers.ops. Raises ValueError where it is not installed or `device` is no GPU."""
+    if device.type != "cuda":
         raise ValueError(
-            f"--attn-name xformers_attn runs on a GPU only, the model is on {q_BSHK.device}: "
-            "use --attn-name torch_attn"
+            f"--attn-name xformers_attn runs on a GPU only, the model is on {device}: use --attn-name torch_attn"
         )
     try:
         import xformers.ops as xops  # pyright: ignore[reportMissingImports]
@@ -74,6 +73,12 @@ def xformers_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: boo
             "--attn-name xformers_attn, but xformers is not installed: pip install xformers, "
             "or use --attn-name torch_attn"
         ) from error
+    return xops
+
+
+def xformers_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+    """As `torch_attn`, by xformers. Raises ValueError where there is no xformers or no GPU."""
+    xops = load_xformers(q_BSHK.device)
     queries, keys = q_BSHK.shape[1], k_BTHK.shape[1]
     bias = None
     if causal and queries == keys > 1:

@@ -62,7 +62,7 @@ class CorpusConfig:
     max_megabytes_per_source: float = 8.0
     """Text to take for each of prose and code, in files' order."""
 
-    held_out_share: float = 0.04
+    held_out_share: float = 0.03
     """Share of the documents that is held out."""
 
     seed: int = 0
