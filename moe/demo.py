@@ -7,7 +7,6 @@ LOGS/{dense,moe}; LOGS is logs/demo, or logs/demo-2 and so on where that exists.
 """
 
 import json
-import math
 import os
 import shlex
 import subprocess
@@ -42,7 +41,7 @@ KEEP_MEMORY = {
 class Demo:
     """Train a dense model and an 8-expert MoE on the text of this Python environment; compare them."""
 
-    steps: int = 400
+    steps: int = 300
     """Steps of --global-batch-size sequences, for each model."""
 
     global_batch_size: int = 8
@@ -53,9 +52,6 @@ class Demo:
 
     lr: float = 3e-3
     """Peak learning rate."""
-
-    intervals: int = 2
-    """Checkpoints on the way, each with an evaluation."""
 
     corpus: Path = Path("corpus")
     """The text: written here, or reused."""
@@ -114,24 +110,21 @@ def manifests(demo: Demo, part: str) -> list[str]:
 
 def model_flags(demo: Demo, logs: Path, name: str) -> list[str]:
     """What training and evaluation of a run share: data format, network, batch."""
-    flags = (
-        f"--data-key json.gz --val-data-key json.gz json.gz --model {shlex.quote(str(logs / 'model.json'))} "
-    )
+    flags = f"--data-key json.gz --model {shlex.quote(str(logs / 'model.json'))} "
     flags += "--model-norm gain_only_layer_norm --precision amp_bf16 "
     flags += f"--global-batch-size {demo.global_batch_size} --logs {shlex.quote(str(logs))} {RUNS[name]}"
     return shlex.split(flags)
 
 
 def train_flags(demo: Demo, logs: Path, name: str) -> list[str]:
-    """One training run of `demo.steps` steps, evaluated at each of its intervals."""
+    """One training run of `demo.steps` steps: one interval, so one checkpoint, epoch_1.pt."""
     tokens = demo.steps * demo.global_batch_size * demo.seq_len
     optim = f"--lr {demo.lr} --lr-scheduler cosine --lr-cooldown-end {demo.lr / 20:g} "
     optim += f"--warmup {max(1, demo.steps // 10)} "
     optim += "--wd 0.1 --beta2 0.95 --grad-clip-norm 1 --workers 1 --log-every-n-steps 10 "
-    optim += f"--train-num-samples {math.ceil(tokens / demo.intervals)} --epochs {demo.intervals}"
+    optim += f"--train-num-samples {tokens} --epochs 1"
     return [
         *("--dataset-manifest", *manifests(demo, "train"), "--train-data-mix-weights", "0.725", "0.275"),
-        *("--val-data", *manifests(demo, "held_out")),
         *model_flags(demo, logs, name),
         *optim.split(),
         *("--name", name),
@@ -140,7 +133,7 @@ def train_flags(demo: Demo, logs: Path, name: str) -> list[str]:
 
 def evaluate_flags(demo: Demo, logs: Path, name: str) -> list[str]:
     """Evaluation of a run's last checkpoint; its results go beside the checkpoint."""
-    checkpoint = logs / name / "checkpoints" / f"epoch_{demo.intervals}.pt"
+    checkpoint = logs / name / "checkpoints" / "epoch_1.pt"
     return [
         *("--val-data", *manifests(demo, "held_out")),
         *model_flags(demo, logs, name),

@@ -126,7 +126,7 @@ def test_page_shows_the_numbers_and_needs_nothing_else(runs, tmp_path):
         assert number in page.text
     for value in (*together, 300, 200, 330, 220):
         assert f"{value:,.1f}" in page.text
-    assert "moe is behind dense by 10.0% in perplexity, at equal tokens (61.4K)" in page.text
+    assert "moe is behind dense by 10.0% in perplexity, at equal tokens (61.4K, one run each)" in page.text
     assert f"{748.5 / together[0]:.2f} times below the unigram perplexity" in page.text
     assert "fullest expert gets 2.00 times the mean (layer 0)" in page.text
     assert "1 of 8 experts is dead" in page.text

@@ -1,5 +1,6 @@
 """python -m open_lm.report LOGS/RUN [LOGS/RUN2 …] --output report.html"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,7 +26,10 @@ class ReportConfig:
 
 def main() -> None:
     config = tyro.cli(ReportConfig)
-    write_report(config.runs, config.output, config.title)
+    try:
+        write_report(config.runs, config.output, config.title)
+    except ValueError as error:
+        sys.exit(f"open_lm.report: error: {error}")
     print(f"wrote {config.output}")
 
 

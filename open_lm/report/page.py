@@ -91,7 +91,7 @@ def router_section(run: Run) -> str:
     small = []
     for title, key, reference, write in (
         ("Router entropy, nats", "entropy", (math.log(experts), f"log {experts}: undecided"), short),
-        ("Fullest expert over the mean", "fullest_over_mean", (1.0, "balanced"), short),
+        ("Fullest expert over the mean (1: balanced)", "fullest_over_mean", (1.0, ""), short),
         ("Dropped share", "dropped_share", None, lambda value: f"{100 * value:.3g}%"),
         ("Dead experts", "dead_experts", None, lambda value: f"{value:.0f}" if value % 1 == 0 else ""),
     ):

@@ -153,7 +153,7 @@ def observations(runs: Sequence[Run], unigram: dict[str, float]) -> list[str]:
         place = "behind" if ratio > 1.0005 else "ahead of" if ratio < 0.9995 else "level with"
         by = f" by {percent(ratio)} in perplexity" if place != "level with" else ""
         if first.tokens == other.tokens:
-            at = f"at equal tokens ({short(first.tokens)})"
+            at = f"at equal tokens ({short(first.tokens)}, one run each)"
         else:
             at = f"though on {short(other.tokens)} tokens against {short(first.tokens)}"
         sentence = f"{other.name} is {place} {first.name}{by}, {at}"

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
@@ -289,7 +290,11 @@ def describe(summary: dict) -> str:
 def main() -> None:
     import tyro
 
-    write_corpus(tyro.cli(CorpusConfig))
+    config = tyro.cli(CorpusConfig)
+    try:
+        write_corpus(config)
+    except ValueError as error:
+        sys.exit(f"open_lm.tokenize.corpus: error: {error}")
 
 
 if __name__ == "__main__":
