@@ -8,6 +8,7 @@ LOGS/{dense,moe}; LOGS is logs/demo, or logs/demo-2 and so on where that exists.
 
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -62,6 +63,9 @@ class Demo:
     logs: Path | None = None
     """Folder of this demo's runs. Default: logs/demo, numbered where it exists."""
 
+    record: Path | None = None
+    """Append a line per run to this file, e.g. moe/records/demo.jsonl."""
+
     check: bool = True
     """Fail unless both perplexities are below half of the unigram's."""
 
@@ -74,7 +78,10 @@ def main() -> None:
     assert demo.logs is not None
     unigram = unigram_perplexities(list(runs[0].last))
     console.print(results_table(runs, unigram))
-    console.print(f"report: {demo.logs / 'report.html'}   ({(time.perf_counter() - start) / 60:.1f} minutes)")
+    minutes = (time.perf_counter() - start) / 60
+    console.print(f"report: {demo.logs / 'report.html'}   ({minutes:.1f} minutes)")
+    if demo.record:
+        record(demo.record, runs, unigram, minutes)
     if demo.check:
         check_perplexity(runs, unigram)
 
@@ -171,6 +178,25 @@ def results_table(runs: Sequence[Run], unigram: dict[str, float]) -> Table:
         table.add_row(run.name, *counts, *cells, f"{run.tokens_per_second or 0:,.0f}")
     table.add_row("unigram", "", "", *(f"{unigram[entry]:,.1f}" for entry in entries), "")
     return table
+
+
+def record(path: Path, runs: Sequence[Run], unigram: dict[str, float], minutes: float) -> None:
+    """What `moe/tables.py demo` prints, a line per run; held-out sets by their source's name."""
+    name = lambda entry: "both" if entry == ALL else Path(entry).parts[-3]
+    machine = (
+        f"{os.cpu_count()} cores, {platform.processor() or platform.machine()}, {runs[0].facts['device']}"
+    )
+    with open(path, "a", encoding="utf-8") as file:
+        for run in runs:
+            line = {
+                "run": run.name, "started": round(time.time() - 60 * minutes), "minutes": minutes,
+                "parameters": run.facts["parameters"], "active_parameters": run.facts["active_parameters"],
+                "tokens": run.tokens, "tokens_per_second": run.tokens_per_second,
+                "perplexity": {name(entry): value for entry, value in perplexities(run).items()},
+                "unigram": {name(entry): value for entry, value in unigram.items()},
+                "commit": run.facts["commit"], "torch": run.facts["torch"], "machine": machine,
+            }  # fmt: skip
+            file.write(json.dumps(line) + "\n")
 
 
 def check_perplexity(runs: Sequence[Run], unigram: dict[str, float]) -> None:

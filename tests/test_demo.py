@@ -53,7 +53,7 @@ def test_finds_a_free_folder(tmp_path):
 @pytest.mark.slow
 def test_runs_to_the_end_and_fails_when_nothing_was_learned(tmp_path):
     command = [sys.executable, str(ROOT / "moe" / "demo.py"), "--steps", "2", "--seq-len", "32"]
-    command += ["--global-batch-size", "64", "--megabytes-per-source", "3"]
+    command += ["--global-batch-size", "64", "--megabytes-per-source", "3", "--record", "record.jsonl"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "not below half of the unigram" in done.stderr
@@ -68,3 +68,7 @@ def test_runs_to_the_end_and_fails_when_nothing_was_learned(tmp_path):
             assert f"{entry['valid/perplexity']:,.1f}" in page
     unigram = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["held_out_unigram_perplexity"]
     assert all(f"{value:,.1f}" in page for value in unigram.values())
+    recorded = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]
+    assert [r["run"] for r in recorded] == ["dense", "moe"]
+    assert all(r["perplexity"].keys() == r["unigram"].keys() == {"both", "prose", "code"} for r in recorded)
+    assert all(r["tokens"] == 2 * 64 * 32 for r in recorded)
