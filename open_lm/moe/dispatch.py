@@ -68,5 +68,7 @@ def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Te
         return v_TKD.sum(dim=1)
     weighted_RD = v_RD if weight_R is None else v_RD * weight_R[:, None]
     wide = torch.promote_types(v_RD.dtype, torch.float32)
-    out_TD = torch.zeros(tokens, v_RD.shape[1], dtype=wide, device=v_RD.device)
-    return out_TD.index_add_(0, token_R, weighted_RD.to(wide)).to(v_RD.dtype)
+    zeros_TD = torch.zeros(tokens, v_RD.shape[1], dtype=wide, device=v_RD.device)
+    out_TD = zeros_TD.index_add(0, token_R, weighted_RD.to(wide))
+    # Not .to() alone: where that changes nothing, torch 2.11 compiles this to a gradient of zero.
+    return out_TD if wide == v_RD.dtype else out_TD.to(v_RD.dtype)

@@ -10,9 +10,7 @@ T, E, K, D = 7, 5, 3, 4
 
 
 def make_routing(weight_TK: torch.Tensor, *, gather: bool):
-    expert_TK = torch.stack(
-        [torch.randperm(E, generator=torch.Generator().manual_seed(t))[:K] for t in range(T)]
-    )
+    expert_TK = (2 * torch.arange(T)[:, None] + torch.arange(K)) % E
     routing = drop_by_position(sort_by_expert(expert_TK, weight_TK, torch.zeros(T, E)), capacity=3)
     return routing if gather else routing._replace(row_TK=None)
 
@@ -50,3 +48,25 @@ def test_sixteen_bits_are_added_in_float32(gather):
     dispatch(x_TD, routing).backward(y_RD)
     assert x_TD.grad is not None
     assert x_TD.grad.item() == 258
+
+
+# torch's compiler uses what torch itself deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "index_add"])
+def test_compiled_gradients(gather, dtype):
+    def there_and_back(x_TD, weight_TK):
+        routing = make_routing(weight_TK, gather=gather)
+        return combine(dispatch(x_TD, routing).sin(), routing)
+
+    x_TD = torch.randn(T, D, dtype=dtype, requires_grad=True)
+    weight_TK = torch.rand(T, K, requires_grad=True)
+    slope_TD = torch.randn(T, D, dtype=dtype)
+    torch._dynamo.reset()
+    compiled = torch.compile(there_and_back, backend="aot_eager_decomp_partition", fullgraph=True)
+    found = []
+    for function in (there_and_back, compiled):
+        y_TD = function(x_TD, weight_TK)
+        found.append((y_TD, *torch.autograd.grad(y_TD, (x_TD, weight_TK), slope_TD)))
+    for ours, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(ours, wanted)

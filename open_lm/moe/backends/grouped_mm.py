@@ -42,7 +42,9 @@ def _group_ends(routing: Routing) -> Tensor:
     multiplied by their weight 0 they count as zeros in both: cheaper than two masked copies of all rows.
     """
     end_E = routing.count_E.cumsum(0, dtype=torch.int32)
-    return F.pad(end_E[:-1], (0, 1), value=routing.token_R.numel())
+    expert_E = torch.arange(end_E.numel(), device=end_E.device)
+    # Not end_E[-1] = …, which syncs, nor F.pad, which torch 2.11's compiler for GPUs loses after a cumsum.
+    return torch.where(expert_E == end_E.numel() - 1, routing.token_R.numel(), end_E)
 
 
 def _align(x: Tensor, dtype: torch.dtype) -> Tensor:
