@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
+from open_lm.log import commit
 from open_lm.moe.backends import BACKENDS
 from open_lm.moe.layer import MoE
 
@@ -177,6 +178,7 @@ def main(arguments: list[str] | None = None) -> None:
                     "peak_mib": None if peak != peak else peak,
                     "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
                     "torch": torch.__version__,
+                    "commit": commit(),
                 }
                 with open(chosen.output, "a") as file:
                     file.write(json.dumps(record) + "\n")

@@ -134,22 +134,25 @@ def speed() -> tuple[str, bool]:
 
 
 def layer() -> tuple[str, bool]:
-    """The newest timing of one MoE layer per shape and backend, from `python moe/bench.py --output`."""
-    newest = {(r["shape"], r["backend"]): r for r in read_records("layer")}
+    """TFLOP/s of one MoE layer: the newest timing per shape, from `python moe/bench.py --output`."""
+    kind = lambda r: r["layer"] + (", compiled" if r["compiled"] else "")
+    newest = {(r["shape"], kind(r)): r for r in read_records("layer")}
     if not newest:
         return "Not recorded yet.", True
-    backends = list(dict.fromkeys(backend for _, backend in newest))
+    kinds = sorted({k for _, k in newest}, key=lambda k: ("reference" in k, "compiled" in k, k))
     rows = []
     for shape in dict.fromkeys(shape for shape, _ in newest):
-        found = {b: newest[shape, b] for b in backends if (shape, b) in newest}
+        found = {k: newest[shape, k] for k in kinds if (shape, k) in newest}
         s = next(iter(found.values()))
-        label = (
-            f"{shape}: {s['tokens']}, {s['dim']}, {s['width']}, {s['experts']}, {s['top_k']}, {s['ffn_type']}"
-        )
-        rows.append([label, *(f"{found[b]['tflops']:.0f}" if b in found else "" for b in backends)])
+        size = ", ".join(str(s[key]) for key in ("tokens", "dim", "width", "experts", "top_k", "ffn_type"))
+        rows.append([f"{shape}: {size}", *(f"{found[k]['tflops']:.0f}" if k in found else "" for k in kinds)])
     last = list(newest.values())[-1]
-    note = f"{last['device']}, torch {last['torch']}, {last['dtype']}, commit {last['commit']}."
-    return f"{markdown(['shape: tokens, d, width, experts, k, type', *backends], rows)}\n\n{note}", True
+    note = (
+        f"TFLOP/s of the experts' products, forward + backward, {last['dtype']}, dropless, fresh router; "
+        f'"dense" is one FFN of the same active FLOPs. {last["device"]}, torch {last["torch"]}, '
+        f"commit {last['commit']}."
+    )
+    return f"{markdown(['shape: tokens, d, width, experts, k, type', *kinds], rows)}\n\n{note}", True
 
 
 TABLES = {f.__name__: f for f in (parameters, demo, quality, speed, layer)}
