@@ -6,6 +6,7 @@ Fast on H100 and newer in bfloat16, without a host sync. In other dtypes, and on
 loops over the experts inside the operator.
 """
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,8 @@ from open_lm.moe.routing import Routing
 
 if TYPE_CHECKING:
     from open_lm.moe.experts import ExpertMLP
+
+ROWS = 64
 
 
 def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
@@ -61,14 +64,33 @@ def _align(x: Tensor, dtype: torch.dtype) -> Tensor:
 def multiply(a_RD: Tensor, b_EDF: Tensor, end_E: Tensor) -> Tensor:
     """y_RF: rows end_E[e-1] to end_E[e] of a times b[e]."""
     # The operator's fake kernel knows bfloat16 only; `_product` lets the other dtypes compile too.
-    if a_RD.dtype == torch.bfloat16:
+    if a_RD.dtype == torch.bfloat16 and a_RD.is_cuda:
         return F.grouped_mm(a_RD, b_EDF, offs=end_E)
     return _product(a_RD, b_EDF, end_E)
 
 
 @torch.library.custom_op("open_lm::grouped_mm", mutates_args=())
 def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if a.device.type == "cpu" and a.element_size() == 2:
+        return _rounded_product(a, b, ends.tolist())
     return F.grouped_mm(a, b, offs=ends).contiguous()
+
+
+def _rounded_product(a: Tensor, b: Tensor, ends: list[int]) -> Tensor:
+    """The same in 16 bits on a CPU, each group padded with zero rows to a multiple of ROWS.
+
+    The CPU library compiles a kernel for every new shape, for milliseconds, where the product itself takes
+    a tenth of one; routing makes new group sizes in every step, rounding makes them few.
+    """
+    products = []
+    for expert, (start, end) in enumerate(pairwise([0, *ends])):
+        padding = -(end - start) % ROWS
+        if b.ndim == 3:  # (R, D) x (E, D, F): rows are padded
+            products.append((F.pad(a[start:end], (0, 0, 0, padding)) @ b[expert])[: end - start])
+        else:  # (D, R) x (R, F), a weight's gradient: the sum over rows is
+            left = F.pad(a[:, start:end], (0, padding))
+            products.append(left @ F.pad(b[start:end], (0, 0, 0, padding)))
+    return torch.cat(products) if b.ndim == 3 else torch.stack(products)
 
 
 @_product.register_fake
