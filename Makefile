@@ -1,6 +1,6 @@
 # make demo   installs, trains a dense and an MoE model on real text, evaluates both, writes a report
 # make test   installs, runs the whole suite
-# PIP_ARGS    extra pip arguments, e.g. PIP_ARGS="--index-url https://…/whl/cpu"
+# PIP_ARGS    extra pip arguments, e.g. PIP_ARGS="--extra-index-url URL" for torch's CPU wheels
 # PYTHON      the Python (3.11 or newer) that the virtual environment is made with
 
 PYTHON ?= python3

@@ -7,55 +7,30 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from open_lm import checkpoint
-from open_lm.config.check import check, trains
-from open_lm.config.model import ModelConfig
+from open_lm.config.check import check
 from open_lm.config.parse import flag_values, parse
-from open_lm.config.resolve import reconcile, resolve_model
-from open_lm.config.run import RunConfig
-from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
-from open_lm.data.loader import TrainData, ValData
+from open_lm.config.resolve import resolve_model
+from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.eval.perplexity import evaluate
+from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
 from open_lm.model import count_parameters
-from open_lm.nn.attention import load_xformers
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
-from open_lm.parallel.gather import on_first_rank
-from open_lm.parallel.mesh import World
+from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.plan import parallelize
 from open_lm.train import Progress, train
 
-
-@dataclass(frozen=True)
-class Job:
-    """A run whose flags, model, data and checkpoint have been found to agree."""
-
-    run: RunConfig
-    config: ModelConfig
-    world: World
-    batch: Batch
-    val_batch_sequences: int
-    """Sequences per rank and forward pass in evaluation."""
-    folder: Path
-    start_from: str | None
-    """The checkpoint of --resume or --pretrained."""
-    schedule: Schedule | None
-    """None: evaluate and stop."""
-    train_data: TrainData | None
-    val_data: tuple[ValData, ...]
-    notes: tuple[str, ...]
-    """Warnings and decisions to show once logging has begun."""
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,109 +40,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
         notes = check(run, given)
         config = resolve_model(run.model, run.moe, given)
         divide_batch(run.optim, int(os.environ.get("WORLD_SIZE", "1")))
+    with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        with refusing():
-            job = prepare(run, config, given, world, notes)
-        execute(job)
+        execute(agree(lambda: prepare(run, config, given, world, notes)))
     finally:
         mesh.stop()
 
 
 @contextmanager
-def refusing() -> Iterator[None]:
-    """Turns an error in flags or files, met before any work, into one message and exit status 2."""
+def refusing(every_rank: bool = False) -> Iterator[None]:
+    """Turns an error in flags or files, met before any work, into one message and exit status 2.
+
+    All ranks meet the same error and rank 0 shows it, or, with `every_rank`, each shows its own.
+    """
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"open_lm.main: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or every_rank:
+            where = f"[rank {rank}] " if rank else ""
+            print(f"open_lm.main: error: {where}{error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
-def prepare(
-    run: RunConfig, config: ModelConfig, given: Collection[str], world: World, notes: Sequence[str]
-) -> Job:
-    """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
-    batch = divide_batch(run.optim, world.world_size)
-    folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
-    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder)))
-    notes = list(notes)
-    if start_from is not None:
-        saved = checkpoint.read_model_config(start_from)
-        if saved is not None:
-            config, taken = reconcile(config, saved, given, start_from)
-            notes += taken
-    if config.attn_name.startswith("xformers"):
-        load_xformers(world.device)
-    val_batch = run.eval.global_val_batch_size or batch.rank_sequences * world.world_size
-    if val_batch % world.world_size:
-        raise ValueError(f"--global-val-batch-size {val_batch} is not divisible by {world.world_size} ranks")
-    schedule = train_data = None
-    if trains(run):
-        schedule = plan_steps(run.data, run.optim, batch.global_sequences, config.seq_len)
-        train_data = TrainData(
-            run.data,
-            seq_len=config.seq_len,
-            vocab_size=config.vocab_size,
-            rank=world.rank,
-            world_size=world.world_size,
-            global_batch=batch.global_sequences,
-            seed=run.optim.seed,
-        )
-        train_data.check_enough(schedule.end_step)
-    entries = run.eval.val_data or ()
-    keys = run.eval.val_data_key or (run.data.data_key,) * len(entries)
-    val_data = tuple(
-        ValData(
-            entry,
-            key,
-            seq_len=config.seq_len,
-            vocab_size=config.vocab_size,
-            max_tokens=run.eval.val_num_samples,
-            ignore_parse_errors=run.data.ignore_parse_errors,
-            workers=run.data.workers,
-        )
-        for entry, key in zip(entries, keys, strict=True)
-    )
-    return Job(
-        run=run,
-        config=config,
-        world=world,
-        batch=batch,
-        val_batch_sequences=val_batch // world.world_size,
-        folder=folder,
-        start_from=start_from,
-        schedule=schedule,
-        train_data=train_data,
-        val_data=val_data,
-        notes=tuple(notes),
-    )
+def agree(prepare: Callable[[], T]) -> T:
+    """`prepare()` on every rank; if it fails on any, all end with status 2 and rank 0 prints the first error.
 
-
-def default_name(run: RunConfig, batch: Batch) -> str:
-    """open_lm's name of a run that was given none."""
-    date = datetime.now().strftime("%Y_%m_%d-%H_%M_%S")
-    return f"{date}-model_{Path(run.model.model).stem}-lr_{run.optim.lr}-b_{batch.rank_sequences}"
-
-
-def find_start(run: RunConfig, folder: Path) -> str | None:
-    """The checkpoint to start from. Raises ValueError where it, or the run's folder, does not fit."""
-    resume = run.checkpoint.resume
-    if resume == "latest":
-        newest = checkpoint.latest(folder / "checkpoints")
-        if newest is None and not trains(run):
-            raise ValueError(f"--resume latest: no checkpoint in {folder / 'checkpoints'}")
-        return None if newest is None else str(newest)
-    path = resume or run.checkpoint.pretrained
-    if path is not None and not Path(path).is_file():
-        raise ValueError(f"{'--resume' if resume else '--pretrained'} {path}: no such file")
-    continues_here = resume is not None and Path(resume).resolve().is_relative_to(folder.resolve())
-    if (folder / "out.log").exists() and trains(run) and not continues_here:
-        raise ValueError(
-            f"{folder} already holds a run: give another --name, or --resume latest to continue it"
-        )
-    return path
+    A file may be missing on one host alone; the other ranks must not wait for that rank.
+    """
+    result, error = None, None
+    try:
+        result = prepare()
+    except (ValueError, OSError, ImportError) as caught:
+        error = caught
+    errors = gather_objects(None if error is None else str(error))
+    first = next((rank for rank, message in enumerate(errors) if message is not None), None)
+    if first is not None:
+        if mesh.this_rank() == 0:
+            where = f"[rank {first}] " if first else ""
+            print(f"open_lm.main: error: {where}{errors[first]}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
+    assert result is not None
+    return result
 
 
 def execute(job: Job) -> None:
@@ -240,7 +155,6 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
     elif job.start_from:
         with refusing():
             state = checkpoint.load_training_state(job.start_from, model, optimizer)
-            refuse_changed_data(state["data"], data.fingerprint(), job.start_from)
         progress = Progress(**state["progress"])
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
@@ -320,20 +234,6 @@ def append_result(path: Path, entry: dict[str, Any]) -> None:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
         logger.warning("%s could not be written: %s", path, error)
-
-
-def refuse_changed_data(saved: dict[str, Any], current: dict[str, Any], path: str) -> None:
-    """Raises ValueError where the run's data differ from the checkpoint's: the order would be another."""
-    changed = [
-        f"{key}: {saved.get(key)!r} there, {current.get(key)!r} here"
-        for key in sorted(saved.keys() | current.keys())
-        if saved.get(key) != current.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"{path} was trained on other data or in another order ({'; '.join(changed)}): "
-            "restore the flags, or start a new run with --pretrained"
-        )
 
 
 if __name__ == "__main__":

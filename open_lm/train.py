@@ -32,6 +32,8 @@ from open_lm.optim import (
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync
 
+MAX_SKIPS = 100  # non-finite steps in a row that end a run
+
 
 @dataclass
 class Progress:
@@ -95,8 +97,13 @@ def accumulate_gradients(
     """
     device = world.device
     tokens = int(sum_over_ranks_((batch.targets_BS != IGNORE_INDEX).sum().to(device)))
+    if tokens == 0:
+        raise ValueError(
+            f"a batch has not one token to train on: all its samples are shorter than the model's "
+            f"{config.seq_len} + 1 tokens, or unreadable"
+        )
     # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
-    per_token = world.world_size / max(tokens, 1)
+    per_token = world.world_size / tokens
     sums: list[Tensor] = []
     stats: tuple[RouterStats, ...] = ()
     micro_batches = list(
@@ -126,7 +133,7 @@ def accumulate_gradients(
         sums.append(torch.cat((token_sums, pack(stats))) if stats else token_sums)
     flat = sum_over_ranks_(torch.stack(sums).sum(0))
     clock.lap("sync_time")
-    loss, z_loss = flat[:2] / max(tokens, 1)
+    loss, z_loss = flat[:2] / tokens
     n = len(micro_batches) * world.world_size
     layers = unpack(flat[2:], stats) if stats else []
     means = [s._replace(balance_loss=s.balance_loss / n, z_loss=s.z_loss / n) for s in layers]
@@ -159,12 +166,14 @@ def train(
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
-    evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks.
+    evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
+    RuntimeError after MAX_SKIPS such steps in a row.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     window = Window()
     clock = window.clock
     show = log.progress(schedule.end_step, progress.step)
+    skipped_in_a_row = 0
     model.train()
     for batch in batches:
         step = progress.step
@@ -182,13 +191,20 @@ def train(
             if optim.grad_clip_norm is not None:
                 clip_(parameters, norm, optim.grad_clip_norm)
             optimizer.step()
+            skipped_in_a_row = 0
         else:
             progress.skipped_updates += 1
-            if loss_scale is None:
+            skipped_in_a_row += 1
+            if loss_scale is None or scale <= 1.0:  # else it is the scale being found
                 logger.warning(
                     "step %d: loss %.4g, gradient norm %.4g: update skipped on all ranks (%d so far)",
                     step + 1, result.loss.item(), norm.item(), progress.skipped_updates,
                 )  # fmt: skip
+            if skipped_in_a_row == MAX_SKIPS:
+                raise RuntimeError(
+                    f"step {step + 1}: loss or gradient was not finite {MAX_SKIPS} times in a row, loss "
+                    f"{result.loss.item():.4g}, gradient norm {norm.item():.4g}; lower --lr, or resume earlier"
+                )
         if loss_scale:
             loss_scale.update_(finite)
         optimizer.zero_grad(set_to_none=True)
@@ -196,6 +212,8 @@ def train(
 
         progress.step += 1
         progress.tokens += result.tokens
+        if batch.n_bad and not progress.bad_samples:
+            logger.warning("step %d: %d samples too short or unreadable: ignored", step + 1, batch.n_bad)
         progress.bad_samples += batch.n_bad
         window.add(result, finite)
         interval = schedule.interval_of(step)
@@ -226,6 +244,7 @@ class Window:
         self.nll = self.z = 0.0
         self.finite_tokens = 0
         self.stats: list[RouterStats] = []
+        self.fullest: list[float] = []
 
     def add(self, result: StepResult, finite: bool) -> None:
         self.steps += 1
@@ -236,6 +255,11 @@ class Window:
             self.z += result.z_loss.item() * result.tokens
         stats = result.router_stats
         self.stats = add(self.stats, stats) if self.stats else stats
+        # per step: experts that are crowded in turn look even over many steps
+        fullest = [(s.count_E.max() / s.count_E.mean()).item() for s in stats]
+        self.fullest = (
+            [a + b for a, b in zip(self.fullest, fullest, strict=True)] if self.fullest else fullest
+        )
 
     @property
     def loss(self) -> float:
@@ -272,6 +296,8 @@ class Window:
             entry["train/load_balancing_loss"] = sum(s.balance_loss.item() for s in self.stats) / n
             entry["train/router_z_loss"] = sum(s.z_loss.item() for s in self.stats) / n
             entry["router"] = summarize(self.stats, moe_layers(config))
+            for layer, fullest in zip(entry["router"], self.fullest, strict=True):
+                layer["fullest_over_mean"] = fullest / self.steps
         return entry
 
 
@@ -291,4 +317,8 @@ def describe(entry: dict[str, Any], progress: Progress, schedule: Schedule) -> s
         parts.append(f"balance {entry['train/load_balancing_loss']:.3f}")
         parts.append(f"fullest expert {fullest:.2f}x mean")
         parts.append(f"dropped {dropped:.1%}")
+    if progress.skipped_updates:
+        parts.append(f"{progress.skipped_updates} updates skipped")
+    if progress.bad_samples:
+        parts.append(f"{progress.bad_samples} bad samples")
     return " | ".join(parts)

@@ -14,14 +14,13 @@ PACKAGE = ROOT / "open_lm"
 # Lowest first; members of a set do not import each other.
 LAYERS = [
     {"config"}, {"nn"}, {"moe"}, {"model"}, {"parallel", "optim", "loss", "data", "tokenize"}, {"checkpoint"},
-    {"eval", "log", "report", "generate"}, {"train"}, {"main"},
+    {"eval", "log", "report", "generate", "job"}, {"train"}, {"main"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = {
     "wandb",
     "xformers",
     "s3fs",
-    "matplotlib",
     "tokenizers",
     "webdataset",
     "megablocks",

@@ -244,3 +244,38 @@ def test_default_name_and_log_local(tmp_path) -> None:
     (folder,) = tmp_path.iterdir()
     assert "model_open_lm_test_tiny-lr_0.01-b_8" in folder.name
     assert (folder / "out-0.log").exists()
+
+
+def test_data_that_cannot_be_trained_on(sources, tmp_path, capsys) -> None:
+    """Samples shorter than the model's sequence: an error, not a run on nothing."""
+    model = {"hidden_dim": 16, "n_layers": 1, "n_heads": 2, "seq_len": 32, "vocab_size": 16}
+    (tmp_path / "long.json").write_text(json.dumps(model))
+    with pytest.raises(ValueError, match=r"not one token to train on.*32 \+ 1 tokens"):
+        main(flags(sources, tmp_path, f"--model {tmp_path / 'long.json'} --train-num-samples 1280"))
+    assert "too short or unreadable" not in capsys.readouterr().err
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    (folder / "manifest.jsonl").write_text('{"shard": "shard_00000000", "num_sequences": 8}\n')
+    one = shlex.split(
+        f"{RUN} --dataset-manifest {folder}/manifest.jsonl --logs {tmp_path} --name m --max-steps 1"
+    )
+    assert "shard_00000000.tar, named by" in refused(one, capsys)
+    assert not (tmp_path / "m").exists()
+
+
+def test_resume_in_another_precision_is_refused(sources, tmp_path, capsys) -> None:
+    main(flags(sources, tmp_path, "--precision bf16 --max-steps 1"))
+    message = refused(flags(sources, tmp_path, "--precision fp32 --resume latest"), capsys)
+    assert "--precision fp32" in message
+    assert "trained with bf16" in message
+
+
+def test_one_ranks_error_is_shown_and_ends_all(sources, tmp_path) -> None:
+    """A source that rank 1 alone cannot read."""
+    pipe = f"pipe:test $RANK = 0 && cat {Path(sources[0]).parent}/shard_00000000.tar"
+    arguments = [*shlex.split(f"{RUN} --logs {tmp_path} --name run --max-steps 1"), "--train-data", pipe]
+    done = torchrun(2, arguments)
+    assert done.returncode != 0
+    assert "error: [rank 1]" in done.stderr
+    assert "pipe:test" in done.stderr
+    assert "open_lm/main.py" not in done.stderr

@@ -29,7 +29,7 @@ from open_lm.parallel.gather import gather, gather_objects, on_first_rank, sprea
 from open_lm.parallel.mesh import broadcast_object, this_rank
 from open_lm.parallel.plan import reshard_, unwrap
 
-__all__ = ["latest", "load_training_state", "load_weights", "read_model_config", "save"]
+__all__ = ["latest", "load_training_state", "load_weights", "read_model_config", "read_state", "save"]
 
 
 def save(
@@ -101,6 +101,11 @@ def load_training_state(
     if len(rng) == len(gather_objects(None)):
         _set_rng(rng[this_rank()])
     return state
+
+
+def read_state(path: Path | str) -> dict[str, Any]:
+    """The `state` that `save` was given, of epoch_N.pt at `path`; errors as for `load_training_state`."""
+    return read_training_state(Path(path))[1]
 
 
 def read_model_config(path: Path | str) -> dict[str, Any] | None:

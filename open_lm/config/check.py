@@ -154,7 +154,9 @@ def _check_optim(optim: OptimConfig, given: Collection[str]) -> None:
     if optim.lr_scheduler == "const-cooldown":
         if optim.epochs_cooldown is None:
             raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown")
-        if not 0 <= optim.epochs_cooldown <= optim.epochs:
+        if optim.epochs_cooldown < 0:
+            raise ValueError(f"--epochs-cooldown {optim.epochs_cooldown}: expected 0 or more")
+        if optim.epochs_cooldown > optim.epochs:
             raise ValueError(f"--epochs-cooldown {optim.epochs_cooldown} > --epochs {optim.epochs}")
     elif optim.epochs_cooldown is not None:
         raise ValueError(f"--epochs-cooldown needs --lr-scheduler const-cooldown, not {optim.lr_scheduler}")

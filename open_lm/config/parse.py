@@ -94,7 +94,7 @@ def _file_tokens(path: Path) -> list[str]:
         name = str(key).replace("-", "_")
         if name not in names:
             nearest = difflib.get_close_matches(name, names, n=1)
-            hint = f"; did you mean {nearest[0].replace('_', '-')}?" if nearest else ""
+            hint = f"; did you mean {nearest[0].replace('_', '-')}?" if nearest else "; see --help"
             raise ValueError(f"--config {path}: unknown flag {key!r}{hint}")
         flag = "--" + name.replace("_", "-")
         if isinstance(value, bool):

@@ -7,6 +7,7 @@ torch.distributed or torch's threads.
 Legend: B sequences of this rank's batch, S sequence length, L = S + 1 tokens of a stored sequence.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -19,8 +20,8 @@ from open_lm.config import DataConfig
 from open_lm.data.manifest import Source, read_manifest
 from open_lm.data.order import LANES, Order
 from open_lm.data.reader import Rows, SequenceReader
-from open_lm.data.remote import Cache
-from open_lm.data.shards import find_source
+from open_lm.data.remote import Cache, is_local
+from open_lm.data.shards import find_source, open_shard
 from open_lm.data.synthetic import draw_tokens
 
 IGNORED = -100
@@ -213,10 +214,30 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     if config.train_data and config.dataset_manifest:
         raise ValueError("--train-data and --dataset-manifest are both given: give one of them")
     if config.dataset_manifest:
-        return [read_manifest(url) for url in config.dataset_manifest]
+        sources = [read_manifest(url) for url in config.dataset_manifest]
+        for source in sources:
+            check_shards(source, config.data_key, cache)
+        return sources
     if config.train_data:
         return [find_source(entry, config.data_key, cache) for entry in config.train_data]
     raise ValueError("no training data: give --dataset-manifest, --train-data or --dataset-type synthetic")
+
+
+def check_shards(source: Source, key: str, cache: Cache) -> None:
+    """Of a local source: every tar is there, and the first opens and holds what the manifest says.
+
+    Raises FileNotFoundError or ValueError. Remote tars are met when they are read.
+    """
+    local = [shard for shard in source.shards if is_local(shard.url)]
+    listed: dict[str, set[str]] = {}
+    for shard in local:
+        folder, name = os.path.split(shard.url.removeprefix("file://"))
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or "."))
+        if name not in listed[folder]:
+            raise FileNotFoundError(f"{shard.url}, named by {source.name}, does not exist")
+    if local:
+        open_shard(local[0].url, key, cache, local[0].num_sequences).close()
 
 
 class ValData:
@@ -239,6 +260,8 @@ class ValData:
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
         source = find_source(entry, key, cache, limit)
+        if entry.endswith(".jsonl"):
+            check_shards(source, key, cache)
         counts = [shard.num_sequences for shard in source.shards]
         places = [(0, shard, sequence) for shard, count in enumerate(counts) for sequence in range(count)]
         self.entry = entry

@@ -56,9 +56,9 @@ def parse_line(line: bytes, manifest: str, place: str) -> Shard:
     try:
         entry = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"{place}: not JSON ({error}): {line[:200]!r}") from None
+        raise ValueError(f"{place}: not JSON ({error}): {line[:60]!r}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("shard"), str) or not entry["shard"]:
-        raise ValueError(f'{place}: a line must be {{"shard": NAME, "num_sequences": N}}, not {line[:200]!r}')
+        raise ValueError(f'{place}: a line must be {{"shard": NAME, "num_sequences": N}}, not {line[:60]!r}')
     count = next((entry[key] for key in COUNT_KEYS if key in entry), None)
     if type(count) is not int or count < 0:
         raise ValueError(f"{place}: num_sequences must be a whole number, not {count!r}")

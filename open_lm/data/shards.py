@@ -130,6 +130,7 @@ def open_shard(
         if num_sequences is not None and num_sequences != count:
             raise ValueError(
                 f"shard {url}: the manifest says {num_sequences:,} sequences, the tar holds {count:,}"
+                + ("" if index.is_ended else ": it is cut short")
             )
     except BaseException:
         os.close(fd)
@@ -208,6 +209,10 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
     started = time.monotonic()
     shards, total = [], 0
     for url in expand(entry):
+        if os.path.isdir(url):
+            raise ValueError(
+                f"{url} is a folder: name its tars, e.g. {url.rstrip('/')}/shard_{{00000000..00000007}}.tar"
+            )
         reader = open_shard(url, key, cache)
         reader.close()
         shards.append(Shard(url, len(reader)))

@@ -50,7 +50,10 @@ class Router(nn.Module):
         self.layer = nn.Linear(config.dim, config.moe.num_experts, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        """logits_TE, always computed in float32: in 16 bits close scores tie, and the choice is arbitrary."""
+        """logits_TE, always computed in float32: in 16 bits close scores tie, and the choice is arbitrary.
+
+        The weight itself is of 16 bits where FSDP gathers it so (--fsdp-amp), or under --precision bf16, fp16.
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             return F.linear(x_TD.float(), self.layer.weight.float())
 

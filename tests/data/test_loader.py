@@ -159,13 +159,20 @@ def test_a_window_of_a_longer_sequence_is_the_same_for_any_ranks(write_shard, tm
 
 
 def test_a_manifest_that_promises_too_much_is_an_error(write_source, tmp_path):
-    manifest = write_source(tmp_path, [5])
-    (tmp_path / "manifest.jsonl").write_text(json.dumps({"shard": "shard_00000000", "num_sequences": 6}))
-    data = train_data(DataConfig(dataset_manifest=(manifest,), data_key="json"), global_batch=2)
-    with pytest.raises(
-        ValueError, match=r"shard_00000000\.tar: the manifest says 6 sequences, the tar holds 5"
-    ):
-        next(data.batches(0, 1))
+    manifest = write_source(tmp_path, [5, 5])
+    config = DataConfig(dataset_manifest=(manifest,), data_key="json")
+
+    def promise(*counts):
+        lines = [{"shard": f"shard_{i:08d}", "num_sequences": n} for i, n in enumerate(counts)]
+        (tmp_path / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    message = r"shard_0000000{}\.tar: the manifest says 6 sequences, the tar holds 5"
+    promise(6, 5)  # the first shard is opened at the start …
+    with pytest.raises(ValueError, match=message.format(0)):
+        train_data(config, global_batch=2)
+    promise(5, 6)  # … the others when they are read
+    with pytest.raises(ValueError, match=message.format(1)):
+        list(train_data(config, global_batch=2).batches(0, 5))
 
 
 def test_workers_end_with_the_iteration_and_leave_torchs_generator_alone(two_sources):
