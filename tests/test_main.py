@@ -1,5 +1,7 @@
 """The command as users run it: train, resume, evaluate, and what it refuses; on one process and on two ranks."""
 
+import contextlib
+import io
 import json
 import os
 import shlex
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from open_lm.main import main
+from open_lm.config import DistributedConfig
+from open_lm.main import agree, main
+from open_lm.parallel import mesh
 
 MOE = "--moe-freq 2 --moe-num-experts 4"
 # One batch is 8 sequences of 16 tokens; an interval is 5 steps, the run is 20.
@@ -270,12 +274,25 @@ def test_resume_in_another_precision_is_refused(sources, tmp_path, capsys) -> No
     assert "trained with bf16" in message
 
 
-def test_one_ranks_error_is_shown_and_ends_all(sources, tmp_path) -> None:
-    """A source that rank 1 alone cannot read."""
-    pipe = f"pipe:test $RANK = 0 && cat {Path(sources[0]).parent}/shard_00000000.tar"
-    arguments = [*shlex.split(f"{RUN} --logs {tmp_path} --name run --max-steps 1"), "--train-data", pipe]
-    done = torchrun(2, arguments)
-    assert done.returncode != 0
-    assert "error: [rank 1]" in done.stderr
-    assert "pipe:test" in done.stderr
-    assert "open_lm/main.py" not in done.stderr
+def prepare_on_two_ranks() -> tuple[int, str]:
+    """Exit status and stderr of a rank, where rank 1 alone cannot read a file."""
+    world = mesh.start(DistributedConfig())
+
+    def prepare() -> str:
+        if world.rank == 1:
+            raise FileNotFoundError("shard_00000003.tar is not on this host")
+        return "job"
+
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            agree(prepare)
+        except SystemExit as stop:
+            return stop.code, errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def test_one_ranks_error_is_shown_and_ends_all(spawn) -> None:
+    first, second = spawn(2, prepare_on_two_ranks)
+    assert first == (2, "open_lm.main: error: [rank 1] shard_00000003.tar is not on this host\n")
+    assert second == (2, "")
