@@ -39,7 +39,7 @@ def lines(logs: Path, name: str = "run", key: str = "train/loss") -> list[dict]:
 
 
 def torchrun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess:
-    # `--`: before Python 3.12.8, torchrun's own parser takes our --logs for its --logs-specs (MOE.md says so)
+    # `--`: on some Pythons torchrun's own parser takes our --logs for its --logs-specs (MOE.md says so)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
