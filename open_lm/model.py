@@ -96,7 +96,7 @@ class Count(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> Count:
-    """Exact numbers, from the meta device: no memory, a second at most."""
+    """Exact numbers, from the meta device: no memory is taken."""
     total = experts = 0
     for name, parameter in build(config).named_parameters():
         total += parameter.numel()

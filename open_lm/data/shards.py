@@ -171,7 +171,8 @@ def index_tar(fd: int, url: str, key: str) -> Index:
 def scan_members(data: mmap.mmap) -> tuple[list[Member] | None, int]:
     """The regular files of a plain tar and where its end mark should be; None if only tarfile can tell.
 
-    Ten times as fast as tarfile on what tarfile and webdataset write (ustar, pax without path or size).
+    Eight times as fast as tarfile (measured on 8,192 members) on what tarfile and webdataset write: ustar, and
+    pax without path or size.
     """
     members, offset = [], 0
     while True:

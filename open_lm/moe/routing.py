@@ -26,7 +26,7 @@ class Routing(NamedTuple):
 def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor) -> Routing:
     """The Routing of K choices per token: rows sorted by expert, within an expert by token, then choice."""
     (T, K), E = expert_TK.shape, logits_TE.shape[1]
-    # 16 bits sort in a quarter of the passes that int64 takes on a GPU.
+    # A radix sort, as on a GPU, takes fewer passes over 16 bits than over 64.
     expert_R, order_R = expert_TK.flatten().to(torch.int16).sort(stable=True)
     experts = torch.arange(E, device=expert_R.device, dtype=torch.int16)
     end_E = torch.searchsorted(expert_R, experts, right=True)
