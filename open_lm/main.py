@@ -23,12 +23,13 @@ from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.eval.perplexity import evaluate
 from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
+from open_lm.metrics import Progress
 from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.plan import parallelize
-from open_lm.train import Progress, train
+from open_lm.train import train
 
 T = TypeVar("T")
 

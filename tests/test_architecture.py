@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "open_lm"
 # Lowest first; members of a set do not import each other.
 LAYERS = [
-    {"config"}, {"nn"}, {"moe"}, {"model"}, {"parallel", "optim", "loss", "data", "tokenize"}, {"checkpoint"},
-    {"eval", "log", "report", "generate", "job"}, {"train"}, {"main"},
+    {"config"}, {"nn"}, {"moe"}, {"loss"}, {"model"}, {"parallel", "optim", "flops", "data", "tokenize"},
+    {"averaging"}, {"checkpoint"}, {"eval", "log", "metrics", "report", "generate", "job"}, {"train"}, {"main"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = {

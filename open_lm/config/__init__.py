@@ -1,5 +1,6 @@
 """Frozen dataclasses, one file per flag group: a field is a flag, the text under it is the flag's help."""
 
+from open_lm.config.averaging import AveragingConfig
 from open_lm.config.checkpoint import CheckpointConfig
 from open_lm.config.data import DataConfig
 from open_lm.config.distributed import DistributedConfig
@@ -12,6 +13,7 @@ from open_lm.config.optim import OptimConfig
 from open_lm.config.run import RunConfig
 
 __all__ = [
+    "AveragingConfig",
     "CheckpointConfig",
     "DataConfig",
     "DistributedConfig",

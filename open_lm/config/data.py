@@ -41,3 +41,12 @@ class DataConfig:
 
     ignore_parse_errors: bool = False
     """Skip (mask and count) a sample that cannot be read, instead of failing with its name."""
+
+    target_mask_left: int | None = None
+    """Token id: targets up to and including its last occurrence in a sequence are not trained on."""
+
+    target_mask_individual: int | None = None
+    """Token id (padding): never a target."""
+
+    squash_mask_left: bool = False
+    """Drop the tokens that --target-mask-left masks and pad at the right with --target-mask-individual."""

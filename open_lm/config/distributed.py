@@ -30,3 +30,15 @@ class DistributedConfig:
 
     force_distributed: bool = False
     """Make a process group even for one process."""
+
+    fsdp_hybrid: bool = False
+    """Shard within a node, replicate over nodes; gather parameters again in the backward pass."""
+
+    fsdp_hybrid_o2: bool = False
+    """As --fsdp-hybrid, but keep gathered parameters until the backward pass (ZeRO-2)."""
+
+    fsdp_cpu_offload: bool = False
+    """Keep parameters, gradients and optimizer state in host memory; the optimizer steps on the CPU."""
+
+    preset_world_size: int | None = None
+    """Under SLURM: use only the first N tasks; the others end at once."""

@@ -21,3 +21,15 @@ class EvalConfig:
 
     global_val_batch_size: int | None = None
     """Sequences per forward pass over all ranks. Default: --batch-size per rank."""
+
+    val_seq_ci: bool = False
+    """Bootstrap 95 % interval of the mean loss over sequences."""
+
+    val_tok_ci: bool = False
+    """Bootstrap 95 % interval of the mean loss over tokens."""
+
+    val_max_pop_ci: int | None = None
+    """Draw at most this many losses per bootstrap sample. Default: as many as there are."""
+
+    val_iter_ci: int = 10_000
+    """Bootstrap samples."""

@@ -30,3 +30,9 @@ class LogConfig:
 
     debug: bool = False
     """Log more."""
+
+    log_logit_mean: bool = False
+    """Log the mean of all logits."""
+
+    copy_codebase: bool = False
+    """Copy the code that runs into LOGS/NAME/code."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from open_lm.config.averaging import AveragingConfig
 from open_lm.config.checkpoint import CheckpointConfig
 from open_lm.config.data import DataConfig
 from open_lm.config.distributed import DistributedConfig
@@ -24,5 +25,6 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     later: LaterConfig = field(default_factory=LaterConfig)
