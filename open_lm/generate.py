@@ -37,7 +37,7 @@ def generate(
     caches = [LayerCache() for _ in range(model.config.n_layers)]
     step_BS = tokens_BS
     for _ in range(new_tokens):
-        logits_BV = model(step_BS, caches).logits_BSV[:, -1].float()
+        logits_BV = model(step_BS, caches=caches).logits_BSV[:, -1].float()
         step_BS = choose(logits_BV, temperature, stream)
         tokens_BS = torch.cat((tokens_BS, step_BS), dim=1)
     return tokens_BS

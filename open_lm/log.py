@@ -94,8 +94,8 @@ class Log:
                 logger.warning("%s failed and gets no more metrics: %s", name, error)
                 self._sinks.remove(sink)
 
-    def progress(self, total_steps: int, start_step: int) -> Callable[[int, str], None]:
-        """`update(step, text)` of a live bar on a terminal; a no-op elsewhere. `close` ends the bar."""
+    def progress(self, total_steps: int, start_step: int) -> Callable[[int, str | None], None]:
+        """`update(step, text)` of a live bar on a terminal (None keeps its text); a no-op elsewhere."""
         if not (self.is_main and self.console.is_terminal):
             return lambda step, text: None
         self._bar = Progress(
@@ -105,7 +105,9 @@ class Log:
         self._bar.start()
         bar = self._bar
         task = bar.add_task("train", total=total_steps, completed=start_step, text="")
-        return lambda step, text: bar.update(task, completed=step, text=text)
+        return lambda step, text: (
+            bar.update(task, completed=step) if text is None else bar.update(task, completed=step, text=text)
+        )
 
     def end_progress(self) -> None:
         """Takes the bar off the terminal."""

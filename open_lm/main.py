@@ -21,6 +21,7 @@ from open_lm.config.parse import flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.eval.perplexity import evaluate
+from open_lm.flops import FORMULA
 from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
 from open_lm.metrics import Progress
@@ -111,6 +112,8 @@ def execute(job: Job) -> None:
             f"{job.folder} | {run.model.model}: {total:,} parameters, {active:,} active | "
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
+        if world.device.type == "cuda":
+            logger.info(FORMULA)
         model = parallelize(
             job.config,
             world=world,
@@ -196,6 +199,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         world=world,
         log=log,
         log_every_n_steps=run.log.log_every_n_steps,
+        log_logit_mean=run.log.log_logit_mean,
         loss_scale=loss_scale,
         end_interval=end_interval,
     )

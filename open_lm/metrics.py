@@ -4,12 +4,15 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from open_lm.config.model import ModelConfig
 from open_lm.config.schedule import Schedule
+from open_lm.flops import flops_per_token, peak_flops
 from open_lm.moe.placement import moe_layers
-from open_lm.moe.stats import RouterStats, add, summarize
+from open_lm.moe.stats import RouterStats, summarize, unpack
+from open_lm.parallel.mesh import World
 
 
 @dataclass
@@ -30,15 +33,36 @@ class Progress:
 
 
 class StepResult(NamedTuple):
-    """Of one step's whole batch, over all ranks and micro-batches."""
+    """Of one step's whole batch, over all ranks and micro-batches; on the device, so that nothing waits."""
 
-    loss: Tensor
-    """Mean negative log-likelihood, nats per token; without any auxiliary term."""
-    z_loss: Tensor
-    """Mean logsumexp(logits)² per token, unweighted."""
+    losses: Tensor
+    """(3,) float64: means of the negative log-likelihood in nats per token, without any auxiliary term; of
+    logsumexp(logits)², unweighted; of all logits."""
     tokens: int
-    router_stats: list[RouterStats]
-    """One per MoE layer: counts summed over ranks and micro-batches, the two losses averaged."""
+    """Targets."""
+    router: Tensor
+    """The router statistics of all layers, summed and packed (`moe.stats.pack`)."""
+    like: tuple[RouterStats, ...]
+    """The statistics of one micro-batch: what `router` unpacks to."""
+    batches: int
+    """Micro-batches of all ranks, which the router losses in `router` are sums over."""
+
+
+class Skips:
+    """Counts updates that were skipped because loss or gradient was not finite, on the device."""
+
+    def __init__(self, total: int, device: torch.device) -> None:
+        self.total_and_row = torch.tensor([total, 0], device=device)
+
+    def add_(self, finite: Tensor) -> None:
+        """Count a step."""
+        skipped = 1 - finite.long()
+        self.total_and_row = (self.total_and_row + skipped) * torch.stack((torch.ones_like(skipped), skipped))
+
+    def read(self) -> tuple[int, int]:
+        """(Skipped in all, the last ones in a row)."""
+        total, row = self.total_and_row.tolist()
+        return total, row
 
 
 class Clock:
@@ -59,53 +83,51 @@ class Clock:
 
 
 class Window:
-    """Sums over the steps since the last log line."""
+    """Sums over the steps since the last log line, on the device: `entry` is the one place that waits for it."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ModelConfig, world: World, log_logit_mean: bool = False) -> None:
         self.clock = Clock()
+        self.layers = moe_layers(config)
+        self.world = world
+        self.log_logit_mean = log_logit_mean
+        self.flops_per_token = flops_per_token(config)
         self.restart()
 
     def restart(self) -> None:
         self.clock.restart()
-        self.steps = self.tokens = 0
-        self.nll = self.z = 0.0
-        self.finite_tokens = 0
-        self.stats: list[RouterStats] = []
-        self.fullest: list[float] = []
+        self.steps = self.tokens = self.batches = 0
+        self.losses: Tensor | float = 0.0
+        self.finite_tokens: Tensor | float = 0.0
+        self.router: Tensor | None = None
+        self.fullest_L: Tensor | float = 0.0
+        if self.world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
-    def add(self, result: StepResult, finite: bool) -> None:
+    def add_(self, result: StepResult, finite: Tensor) -> None:
+        """Count a step; one that is not finite in everything but the loss."""
         self.steps += 1
         self.tokens += result.tokens
-        if finite:  # one NaN must not hide the window's other losses
-            self.finite_tokens += result.tokens
-            self.nll += result.loss.item() * result.tokens
-            self.z += result.z_loss.item() * result.tokens
-        stats = result.router_stats
-        self.stats = add(self.stats, stats) if self.stats else stats
+        self.batches += result.batches
+        self.finite_tokens = self.finite_tokens + finite * result.tokens
+        # one NaN must not hide the window's other losses
+        self.losses = self.losses + (result.losses * result.tokens).where(finite, 0)
+        if not result.like:
+            return
+        self.like = result.like
+        self.router = result.router if self.router is None else self.router + result.router
         # per step: experts that are crowded in turn look even over many steps
-        fullest = [(s.count_E.max() / s.count_E.mean()).item() for s in stats]
-        self.fullest = (
-            [a + b for a, b in zip(self.fullest, fullest, strict=True)] if self.fullest else fullest
-        )
+        counts = [layer.count_E for layer in unpack(result.router, result.like)]
+        self.fullest_L = self.fullest_L + torch.stack([count.max() / count.mean() for count in counts])
 
-    @property
-    def loss(self) -> float:
-        return self.nll / self.finite_tokens if self.finite_tokens else float("nan")
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(time.perf_counter() - self.clock.since, 1e-9)
-
-    def entry(
-        self, progress: Progress, rate: float, norm: Tensor, world_size: int, config: ModelConfig
-    ) -> dict[str, Any]:
+    def entry(self, progress: Progress, rate: float, norm: Tensor) -> dict[str, Any]:
         """The window's metrics by open_lm's names; times are seconds per step."""
-        seconds = time.perf_counter() - self.clock.since
+        loss, z_loss, logit_mean = (self.losses / self.finite_tokens).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        seconds = time.perf_counter() - self.clock.since  # after the wait: all the steps' kernels are in it
         speed = self.tokens / max(seconds, 1e-9)
         entry: dict[str, Any] = {
             "tokens": progress.tokens,
-            "train/loss": self.loss,
-            "train/z_loss": self.z / self.finite_tokens if self.finite_tokens else float("nan"),
+            "train/loss": loss,
+            "train/z_loss": z_loss,
             "train/grad_norm": norm.item(),
             "train/lr": rate,
             "train/tokens": progress.tokens,
@@ -113,19 +135,34 @@ class Window:
             "train/bad_samples": progress.bad_samples,
             # open_lm's "samples" are tokens
             "train/samples_per_second": speed,
-            "train/samples_per_second_per_gpu": speed / world_size,
+            "train/samples_per_second_per_gpu": speed / self.world.world_size,
             "train/tokens_per_second": speed,
             "train/batch_time": seconds / self.steps,
         }
+        entry |= {"train/logit_mean": logit_mean} if self.log_logit_mean else {}
         entry |= {f"train/{part}": s / self.steps for part, s in self.clock.seconds.items()}
-        if self.stats:
-            n = len(self.stats) * self.steps
-            entry["train/load_balancing_loss"] = sum(s.balance_loss.item() for s in self.stats) / n
-            entry["train/router_z_loss"] = sum(s.z_loss.item() for s in self.stats) / n
-            entry["router"] = summarize(self.stats, moe_layers(config))
-            for layer, fullest in zip(entry["router"], self.fullest, strict=True):
+        entry |= efficiency(speed / self.world.world_size, self.flops_per_token, self.world.device)
+        if self.router is not None:
+            stats = unpack(self.router.cpu(), self.like)
+            n = len(stats) * self.batches
+            entry["train/load_balancing_loss"] = sum(s.balance_loss.item() for s in stats) / n
+            entry["train/router_z_loss"] = sum(s.z_loss.item() for s in stats) / n
+            entry["router"] = summarize(stats, self.layers)
+            for layer, fullest in zip(entry["router"], self.fullest_L.tolist(), strict=True):  # pyright: ignore[reportAttributeAccessIssue]
                 layer["fullest_over_mean"] = fullest / self.steps
         return entry
+
+
+def efficiency(tokens_per_second: float, flops_per_token: float, device: torch.device) -> dict[str, float]:
+    """On a GPU: the share of its peak that the model's FLOPs take, and the window's largest memory in GiB."""
+    if device.type != "cuda":
+        return {}
+    entry = {
+        "train/memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "train/memory_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+    peak = peak_flops(torch.cuda.get_device_name(device))
+    return entry | ({"train/mfu": tokens_per_second * flops_per_token / peak} if peak else {})
 
 
 def describe(entry: dict[str, Any], progress: Progress, schedule: Schedule) -> str:
@@ -138,6 +175,10 @@ def describe(entry: dict[str, Any], progress: Progress, schedule: Schedule) -> s
         f"lr {entry['train/lr']:.3g}",
         f"{entry['train/tokens_per_second']:,.0f} tokens/s",
     ]
+    if "train/mfu" in entry:
+        parts.append(f"MFU {entry['train/mfu']:.1%}")
+    if "train/memory_gib" in entry:
+        parts.append(f"{entry['train/memory_gib']:.1f} GiB")
     if "router" in entry:
         fullest = max(layer["fullest_over_mean"] for layer in entry["router"])
         dropped = max(layer["dropped_share"] for layer in entry["router"])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_lm.config.model import ModelConfig
+from open_lm.loss import LinearLoss, linear_cross_entropy
 from open_lm.moe.layer import MoE
 from open_lm.moe.placement import moe_layers
 from open_lm.moe.stats import RouterStats
@@ -24,22 +25,26 @@ from open_lm.nn.norm import NORMS
 class Output(NamedTuple):
     """What a forward pass returns."""
 
-    logits_BSV: Tensor
-    """In the dtype of the computation: the loss goes to fp32 chunk by chunk, without a second copy."""
+    logits_BSV: Tensor | None
+    """In the dtype of the computation; None where targets were given."""
     router_stats: tuple[RouterStats, ...]
     """One per MoE layer, lowest layer first; empty for a dense model."""
+    loss: LinearLoss | None = None
+    """Where targets were given."""
 
 
 class Transformer(nn.Module):
     """A decoder-only language model with mixture-of-experts layers where `config.moe` says so.
 
-    `grad_checkpointing = True` keeps only each block's input and recomputes the rest in the backward pass.
+    `grad_checkpointing = True` keeps only each block's input and recomputes the rest in the backward pass;
+    `compiled_loss = True` fuses the passes over the logits (torch.compile).
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
+        self.compiled_loss = False
         norm, sparse = NORMS[config.model_norm], set(moe_layers(config))
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         self.post_embed_norm = norm(config.dim, config.norm_eps) if config.post_embed_norm else nn.Identity()
@@ -51,8 +56,18 @@ class Transformer(nn.Module):
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights_()
 
-    def forward(self, tokens_BS: Tensor, caches: Sequence[LayerCache] | None = None) -> Output:
-        """Logits of each next token. With caches, one per layer, the tokens follow those already there."""
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        targets_BS: Tensor | None = None,
+        *,
+        caches: Sequence[LayerCache] | None = None,
+        z_loss_coefficient: float = 0.0,
+    ) -> Output:
+        """Logits of each next token; or, given the targets, their loss without logits in memory.
+
+        With caches, one per layer, the tokens follow those already there.
+        """
         x_BSD = self.post_embed_norm(self.tok_embeddings(tokens_BS))
         recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
         router_stats = []
@@ -63,7 +78,17 @@ class Transformer(nn.Module):
                 x_BSD, stats = block(x_BSD, None if caches is None else caches[layer])
             if stats is not None:
                 router_stats.append(stats)
-        return Output(self.output(self.norm(x_BSD)), tuple(router_stats))
+        x_BSD = self.norm(x_BSD)
+        if targets_BS is None:
+            return Output(self.output(x_BSD), tuple(router_stats))
+        loss = linear_cross_entropy(
+            x_BSD,
+            self.output.weight,
+            targets_BS,
+            z_loss_coefficient=z_loss_coefficient,
+            compiled=self.compiled_loss,
+        )
+        return Output(None, tuple(router_stats), loss)
 
     def tie_weights_(self) -> None:
         """With weight_tying, makes the embedding and the output one Parameter again (to_empty parts them)."""

@@ -114,12 +114,21 @@ def scale_gradients_(parameters: Iterable[nn.Parameter], factor: float) -> None:
         torch._foreach_mul_(local, factor)
 
 
-def is_finite(*tensors: Tensor) -> bool:
-    """True if no element of any tensor is NaN or infinite. One host sync.
+def is_finite(*tensors: Tensor) -> Tensor:
+    """A 0-d bool: no element of any tensor is NaN or infinite. No host sync.
 
     Give it values that are equal on all ranks (a summed loss, a global norm), and all ranks agree.
     """
-    return bool(torch.stack([t.detach().isfinite().all() for t in tensors]).all())
+    return torch.stack([t.detach().isfinite().all() for t in tensors]).all()
+
+
+def update_(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """`optimizer.step()` where `finite` (0-d bool) holds; else no weight, moment or count changes. No host sync.
+
+    The fused optimizers read `found_inf` on the device, as torch's GradScaler has them do.
+    """
+    optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+    optimizer.step()
 
 
 class LossScale:

@@ -14,9 +14,9 @@ from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
 from open_lm.data.loader import Batch
 from open_lm.log import Log, logger
-from open_lm.loss import IGNORE_INDEX, cross_entropy
-from open_lm.metrics import Clock, Progress, StepResult, Window, describe
-from open_lm.moe.stats import RouterStats, pack, unpack
+from open_lm.loss import IGNORE_INDEX
+from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
+from open_lm.moe.stats import RouterStats, pack
 from open_lm.optim import (
     LossScale,
     clip_,
@@ -25,11 +25,13 @@ from open_lm.optim import (
     learning_rate,
     scale_gradients_,
     set_learning_rate_,
+    update_,
 )
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync
 
 MAX_SKIPS = 100  # non-finite steps in a row that end a run
+LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
 
 
 def accumulate_gradients(
@@ -46,49 +48,43 @@ def accumulate_gradients(
     """Gradients of the whole batch's objective: mean cross-entropy over its tokens (+ z-loss), and the router
     losses as means over MoE layers and micro-batches. Equal to one large batch, whatever the slicing.
     """
-    device = world.device
-    tokens = int(sum_over_ranks_((batch.targets_BS != IGNORE_INDEX).sum().to(device)))
+    tokens = int(sum_over_ranks_((batch.targets_BS != IGNORE_INDEX).sum()))  # on the CPU: nothing waits
     if tokens == 0:
         raise ValueError(
             f"a batch has not one token to train on: all its samples are shorter than the model's "
-            f"{config.seq_len} + 1 tokens, or unreadable"
+            f"{config.seq_len} + 1 tokens, unreadable or masked"
         )
     # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
     per_token = world.world_size / tokens
     sums: list[Tensor] = []
     stats: tuple[RouterStats, ...] = ()
     micro_batches = list(
-        zip(
-            batch.tokens_BS.split(plan.micro_sequences),
-            batch.targets_BS.split(plan.micro_sequences),
-            strict=True,
-        )
+        zip(*(to_device(x, world).split(plan.micro_sequences) for x in batch[:2]), strict=True)
     )
     for i, (tokens_BS, targets_BS) in enumerate(micro_batches):
-        tokens_BS = tokens_BS.to(device, non_blocking=True)
-        targets_BS = targets_BS.to(device, non_blocking=True)
         with no_sync(model, i < len(micro_batches) - 1):
-            with autocast(optim.precision, device):
-                output = model(tokens_BS)
-            loss = cross_entropy(output.logits_BSV, targets_BS)
-            objective = loss.nll_sum * per_token
-            if optim.z_loss_coefficient:
-                objective = objective + optim.z_loss_coefficient * loss.z_sum * per_token
-            if output.router_stats:
-                objective = objective + router_loss(output.router_stats, config) / len(micro_batches)
+            with autocast(optim.precision, world.device):
+                output = model(tokens_BS, targets_BS, z_loss_coefficient=optim.z_loss_coefficient)
+            loss, stats = output.loss, output.router_stats
+            objective = loss.objective_sum * per_token
+            if stats:
+                objective = objective + router_loss(stats, config) / len(micro_batches)
             clock.lap("forward_time")
             (objective * loss_scale).backward()
             clock.lap("backward_time")
-        stats = output.router_stats
-        token_sums = torch.stack((loss.nll_sum, loss.z_sum)).detach().double()
-        sums.append(torch.cat((token_sums, pack(stats))) if stats else token_sums)
+        sums.append(torch.cat((loss.sums(), pack(stats))) if stats else loss.sums())
     flat = sum_over_ranks_(torch.stack(sums).sum(0))
+    batches = len(micro_batches) * world.world_size
+    losses = torch.cat((flat[:2] / tokens, flat[2:3] / batches))
     clock.lap("sync_time")
-    loss, z_loss = flat[:2] / tokens
-    n = len(micro_batches) * world.world_size
-    layers = unpack(flat[2:], stats) if stats else []
-    means = [s._replace(balance_loss=s.balance_loss / n, z_loss=s.z_loss / n) for s in layers]
-    return StepResult(loss, z_loss, tokens, means)
+    return StepResult(losses, tokens, flat[3:], stats, batches)
+
+
+def to_device(tokens_BS: Tensor, world: World) -> Tensor:
+    """On the rank's device; from pinned memory, so that the copy waits for nothing."""
+    if world.device.type != "cuda":
+        return tokens_BS
+    return tokens_BS.pin_memory().to(world.device, non_blocking=True)
 
 
 def router_loss(stats: tuple[RouterStats, ...], config: ModelConfig) -> Tensor:
@@ -111,6 +107,7 @@ def train(
     world: World,
     log: Log,
     log_every_n_steps: int,
+    log_logit_mean: bool,
     loss_scale: LossScale | None,
     end_interval: Callable[[int], None],
 ) -> None:
@@ -118,13 +115,13 @@ def train(
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
     evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
-    RuntimeError after MAX_SKIPS such steps in a row.
+    RuntimeError after MAX_SKIPS such steps in a row. Between log lines nothing waits for the GPU.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    window = Window()
+    window = Window(config, world, log_logit_mean)
     clock = window.clock
+    skips = Skips(progress.skipped_updates, world.device)
     show = log.progress(schedule.end_step, progress.step)
-    skipped_in_a_row = 0
     model.train()
     for batch in batches:
         step = progress.step
@@ -137,46 +134,57 @@ def train(
         )
         scale_gradients_(parameters, 1.0 / scale)
         norm = grad_norm(parameters)
-        finite = is_finite(result.loss, norm)  # both are global, so all ranks decide alike
-        if finite:
-            if optim.grad_clip_norm is not None:
-                clip_(parameters, norm, optim.grad_clip_norm)
-            optimizer.step()
-            skipped_in_a_row = 0
-        else:
-            progress.skipped_updates += 1
-            skipped_in_a_row += 1
-            if loss_scale is None or scale <= 1.0:  # else it is the scale being found
-                logger.warning(
-                    "step %d: loss %.4g, gradient norm %.4g: update skipped on all ranks (%d so far)",
-                    step + 1, result.loss.item(), norm.item(), progress.skipped_updates,
-                )  # fmt: skip
-            if skipped_in_a_row == MAX_SKIPS:
-                raise RuntimeError(
-                    f"step {step + 1}: loss or gradient was not finite {MAX_SKIPS} times in a row, loss "
-                    f"{result.loss.item():.4g}, gradient norm {norm.item():.4g}; lower --lr, or resume earlier"
-                )
-        if loss_scale:
-            loss_scale.update_(finite)
+        finite = is_finite(result.losses, norm)  # both are global, so all ranks decide alike
+        if optim.grad_clip_norm is not None:
+            clip_(parameters, norm, optim.grad_clip_norm)
+        update_(optimizer, finite)
         optimizer.zero_grad(set_to_none=True)
-        clock.lap("optim_step_time")
-
+        if loss_scale:
+            loss_scale.update_(bool(finite))
+        skips.add_(finite)
+        window.add_(result, finite)
         progress.step += 1
         progress.tokens += result.tokens
         if batch.n_bad and not progress.bad_samples:
             logger.warning("step %d: %d samples too short or unreadable: ignored", step + 1, batch.n_bad)
         progress.bad_samples += batch.n_bad
-        window.add(result, finite)
+        clock.lap("optim_step_time")
+
         interval = schedule.interval_of(step)
         ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
-        show(progress.step, f"loss {window.loss:.3f} · {window.tokens_per_second:,.0f} tokens/s")
-        if progress.step % log_every_n_steps == 0 or step == 0 or ends:
-            entry = window.entry(progress, rate, norm, world.world_size, config)
+        logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
+        if logs or progress.step % LOOK_EVERY == 0:
+            look_at(skips, progress, quiet=loss_scale is not None and scale > 1.0)
+        if logs:
+            entry = window.entry(progress, rate, norm)
             log.metrics(entry, progress.step)
             logger.info(describe(entry, progress, schedule))
+            show(
+                progress.step,
+                f"loss {entry['train/loss']:.3f} · {entry['train/tokens_per_second']:,.0f} tokens/s",
+            )
             window.restart()
+        else:
+            show(progress.step, None)
         if ends:
             end_interval(interval)
             model.train()
             window.restart()
     log.end_progress()
+
+
+def look_at(skips: Skips, progress: Progress, quiet: bool) -> None:
+    """Brings `progress.skipped_updates` up to date; warns of new ones, unless fp16 is finding its scale."""
+    before, in_a_row = progress.skipped_updates, 0
+    progress.skipped_updates, in_a_row = skips.read()
+    if progress.skipped_updates > before and not quiet:
+        logger.warning(
+            "step %d: loss or gradient was not finite in %d of the last steps: these updates were skipped on all "
+            "ranks (%d so far)",
+            progress.step, progress.skipped_updates - before, progress.skipped_updates,
+        )  # fmt: skip
+    if in_a_row >= MAX_SKIPS:
+        raise RuntimeError(
+            f"step {progress.step}: loss or gradient was not finite {in_a_row} times in a row; lower --lr, or "
+            "resume earlier"
+        )

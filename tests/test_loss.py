@@ -1,4 +1,4 @@
-"""Cross-entropy against torch's and against -log softmax spelled out, gradients too."""
+"""Cross-entropy against torch's and against -log softmax spelled out, and the fused one against both."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from open_lm import loss
 
 @pytest.fixture(params=[1, 5, 10**9], ids=["chunks of 1", "chunks of 5", "one chunk"])
 def chunk_tokens(request, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", request.param * 11)
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", request.param * 11)
 
 
 def batch(dtype=torch.float32):
@@ -20,7 +20,15 @@ def batch(dtype=torch.float32):
     return logits.requires_grad_(), targets
 
 
-def test_equals_torch_and_the_definition(chunk_tokens):
+def linear_batch(dtype=torch.float32):
+    """x_BSD, weight_VD and targets_BS, two of them ignored."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 7, 5, generator=generator).to(dtype)
+    weight = (2 * torch.randn(11, 5, generator=generator)).to(dtype)
+    return x.requires_grad_(), weight.requires_grad_(), batch()[1]
+
+
+def test_equals_torch_and_the_definition():
     logits, targets = batch()
     nll_sum, z_sum, tokens = loss.cross_entropy(logits, targets)
     (nll_sum + 0.1 * z_sum).backward()
@@ -40,17 +48,74 @@ def test_equals_torch_and_the_definition(chunk_tokens):
     assert (gradient[targets == -100] == 0).all()
 
 
-def test_bf16_logits_are_treated_in_fp32(chunk_tokens):
-    logits, targets = batch(torch.bfloat16)
-    result = loss.cross_entropy(logits, targets)
-    result.nll_sum.backward()
-    exact = logits.detach().float().requires_grad_()
-    expected = F.cross_entropy(exact.flatten(0, 1), targets.flatten(), reduction="sum")
-    expected.backward()
-    assert result.nll_sum.dtype == torch.float32
-    assert logits.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(result.nll_sum, expected)
-    torch.testing.assert_close(logits.grad, exact.grad.bfloat16(), atol=0, rtol=2**-7)
+@pytest.mark.parametrize("z", [0.0, 0.1])
+def test_fused_equals_torch_in_value_and_gradient(chunk_tokens, z):
+    x, weight, targets = linear_batch()
+    fused = loss.linear_cross_entropy(x, weight, targets, z_loss_coefficient=z)
+    (3 * fused.objective_sum).backward()
+    gradients = x.grad, weight.grad
+    x.grad = weight.grad = None
+
+    logits = F.linear(x, weight)
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
+    logsumexp = logits.logsumexp(-1).where(targets != -100, 0)
+    (3 * (nll.sum() + z * logsumexp.square().sum())).backward()
+
+    torch.testing.assert_close(fused.objective_sum, nll.sum() + z * logsumexp.square().sum())
+    torch.testing.assert_close(fused.nll_BS, nll)
+    torch.testing.assert_close(fused.logsumexp_BS, logsumexp)
+    torch.testing.assert_close(fused.logit_mean, logits.mean())
+    sums = torch.stack((nll.sum(), logsumexp.square().sum(), logits.mean())).double()
+    torch.testing.assert_close(fused.sums(), sums)
+    for ours, theirs in zip(gradients, (x.grad, weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    assert (gradients[0][targets == -100] == 0).all()
+    assert not fused.nll_BS.requires_grad
+
+
+def test_fused_without_gradient_is_the_same(chunk_tokens):
+    x, weight, targets = linear_batch()
+    expected = loss.linear_cross_entropy(x, weight, targets)
+    with torch.no_grad():
+        result = loss.linear_cross_entropy(x, weight, targets)
+    assert not result.objective_sum.requires_grad
+    for ours, theirs in zip(result, expected, strict=True):
+        torch.testing.assert_close(ours, theirs.detach(), rtol=0, atol=0)
+
+
+def test_fused_under_autocast_is_as_good_as_unfused(chunk_tokens):
+    """bf16 logits, fp32 behind them: gradients as close to fp32's as those that autograd finds."""
+    x, weight, targets = linear_batch()
+
+    def run(function, precise=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            value = function()
+        return value, torch.autograd.grad(value, (x, weight))
+
+    exact, exact_gradients = run(lambda: loss.cross_entropy(F.linear(x, weight), targets).nll_sum, True)
+    plain, plain_gradients = run(lambda: loss.cross_entropy(F.linear(x, weight), targets).nll_sum)
+    fused, fused_gradients = run(lambda: loss.linear_cross_entropy(x, weight, targets).objective_sum)
+    torch.testing.assert_close(fused, plain)  # the same rounded logits
+    for ours, theirs, true in zip(fused_gradients, plain_gradients, exact_gradients, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - true).norm() < 1.5 * (theirs - true).norm() + 1e-3 * true.norm()
+    assert (fused - exact).abs() < 0.02 * exact
+
+
+def test_fused_keeps_no_logits():
+    """Nothing as large as the logits outlives the forward pass."""
+    x, weight, targets = linear_batch()
+    fused = loss.linear_cross_entropy(x, weight, targets)
+    sizes = [tensor.numel() for tensor in fused.objective_sum.grad_fn.saved_tensors]
+    assert sorted(sizes) == sorted([x.numel(), weight.numel()])
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64, 96, 97])
+def test_chunks_cover_every_token_once(tokens, monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 10 * 11)
+    chunks = list(loss._chunks(tokens, 11, "cpu"))
+    assert [t for chunk in chunks for t in range(tokens)[chunk]] == list(range(tokens))
+    assert all(len(range(tokens)[chunk]) <= 10 for chunk in chunks)
 
 
 @pytest.mark.parametrize("pick", [0, 1])
@@ -64,15 +129,6 @@ def test_gradient_is_the_slope(pick):
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-3, atol=2e-3)
 
 
-def test_token_nll_is_the_summand_and_zero_where_ignored(chunk_tokens):
-    logits, targets = batch()
-    nll = loss.token_nll(logits, targets)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
-    torch.testing.assert_close(nll, expected)
-    assert not nll.requires_grad
-    assert nll[0, 2] == nll[1, 6] == 0
-
-
 def test_extreme_logits_and_nothing_to_predict():
     logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]], requires_grad=True)
     result = loss.cross_entropy(logits, torch.tensor([[0, 0]]))
@@ -83,7 +139,53 @@ def test_extreme_logits_and_nothing_to_predict():
     nothing = loss.cross_entropy(logits, torch.full((1, 2), -100))
     assert [x.item() for x in nothing] == [0, 0, 0]
 
+    x, weight = torch.eye(2)[None], torch.tensor([[1e4, -1e4], [-1e4, 1e4]], requires_grad=True)
+    fused = loss.linear_cross_entropy(x, weight, torch.tensor([[0, 0]]))
+    fused.objective_sum.backward()
+    assert fused.nll_BS.tolist() == [[0, 2e4]]
+    assert weight.grad.tolist() == [[0, -1], [0, 1]]
+    weight.grad = None
+    loss.linear_cross_entropy(x, weight, torch.tensor([[-100, -100]])).objective_sum.backward()
+    assert (weight.grad == 0).all()
+
 
 def test_wrong_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 6\).*\(2, 7, 11\)"):
         loss.cross_entropy(torch.zeros(2, 7, 11), torch.zeros(2, 6, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"\(2, 6\).*\(2, 7, 5\)"):
+        loss.linear_cross_entropy(
+            torch.zeros(2, 7, 5), torch.zeros(11, 5), torch.zeros(2, 6, dtype=torch.long)
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fused_on_a_gpu(dtype, compiled, monkeypatch):
+    """Many chunks, one of them smaller, at the vocabulary's real size."""
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cuda", 100 * 50_432)
+    torch.manual_seed(0)
+    x = torch.randn(1, 411, 96, device="cuda").requires_grad_()
+    weight = (torch.randn(50_432, 96, device="cuda") / 5).requires_grad_()
+    targets = torch.randint(0, 50_432, (1, 411), device="cuda")
+    targets[0, 5:9] = -100
+
+    def run(function, low):
+        with torch.autocast("cuda", dtype if low else torch.bfloat16, enabled=low and dtype != torch.float32):
+            value = function()
+        return value, *torch.autograd.grad(value, (x, weight))
+
+    fused = lambda: (
+        loss.linear_cross_entropy(
+            x, weight, targets, z_loss_coefficient=1e-3, compiled=compiled
+        ).objective_sum
+    )
+
+    def plain():
+        result = loss.cross_entropy(F.linear(x, weight), targets)
+        return result.nll_sum + 1e-3 * result.z_sum
+
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-2
+    for ours, true in zip(run(fused, True), run(plain, False), strict=True):
+        assert (ours - true).norm() < tolerance * true.norm()

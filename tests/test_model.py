@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from open_lm import loss
 from open_lm.config import ModelConfig, ModelFlags, MoEConfig
 from open_lm.config.model import FFNName, NormName, PositionName
 from open_lm.config.resolve import resolve_model
@@ -179,13 +180,33 @@ def test_grad_checkpointing_changes_nothing(moe, tied):
     results = []
     for model.grad_checkpointing in (False, True):
         model.zero_grad()
-        logits, stats = model(TOKENS)
+        logits, stats, _ = model(TOKENS)
         aux = sum((s.balance_loss + s.z_loss for s in stats), torch.zeros(()))
         (logits.square().mean() + aux).backward()
         grads = {name: p.grad for name, p in model.named_parameters()}
         results.append((logits, grads, [tuple(s) for s in stats]))
         assert len(stats) == (2 if moe.freq else 0)
     torch.testing.assert_close(*results, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_loss_in_the_model_equals_that_of_its_logits(tied, monkeypatch):
+    """Value and every parameter's gradient, tied embeddings and ignored targets included."""
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 10 * 67)
+    config = replace(SPARSE, weight_tying=tied)
+    targets = TOKENS.roll(-1, 1)
+    targets[0, 3:9] = -100
+    model, reference = randomize_(build(config, "cpu")), randomize_(build(config, "cpu"))
+    logits, _, nothing = reference(TOKENS)
+    assert nothing is None
+    expected = loss.cross_entropy(logits, targets)
+    (expected.nll_sum + 0.01 * expected.z_sum).backward()
+    output = model(TOKENS, targets, z_loss_coefficient=0.01)
+    assert output.logits_BSV is None
+    output.loss.objective_sum.backward()
+    torch.testing.assert_close(output.loss.objective_sum, expected.nll_sum + 0.01 * expected.z_sum)
+    for ours, theirs in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
 def test_grad_checkpointing_recomputes():
@@ -221,7 +242,7 @@ def test_every_option_in_every_dtype(options):
             logits = model(TOKENS).logits_BSV
         torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=tolerance)
         half = build(replace(DENSE, **options), "cpu").to(dtype)
-        logits, stats = half(TOKENS)
+        logits, stats, _ = half(TOKENS)
         assert logits.dtype == dtype
         torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=tolerance)
         (logits.float().square().mean() + sum(s.balance_loss for s in stats)).backward()
@@ -242,7 +263,7 @@ def test_no_token_sees_the_future(config):
 def test_caches_continue_a_text(config):
     model = randomize_(build(config, "cpu"))
     caches = [LayerCache() for _ in range(config.n_layers)]
-    parts = [model(part, caches).logits_BSV for part in TOKENS.split((7, 1, 1, 23), 1)]
+    parts = [model(part, caches=caches).logits_BSV for part in TOKENS.split((7, 1, 1, 23), 1)]
     torch.testing.assert_close(torch.cat(parts, 1), model(TOKENS).logits_BSV, atol=1e-5, rtol=1e-5)
 
 
@@ -254,8 +275,10 @@ def test_nothing_waits_for_the_device(config):
     try:
         with FakeTensorMode():
             model = Transformer(config)
-            logits, stats = model(torch.zeros(2, 32, dtype=torch.long))
+            tokens = torch.zeros(2, 32, dtype=torch.long)
+            logits, stats, _ = model(tokens)
             (logits.float().mean() + sum(s.balance_loss + s.z_loss for s in stats)).backward()
+            model(tokens, tokens).loss.objective_sum.backward()
     finally:
         torch.set_default_dtype(before)
 

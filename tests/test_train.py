@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import open_lm.model
 import open_lm.train
 from open_lm.main import main
 
@@ -20,16 +21,17 @@ FLAGS = (
 
 def poison(step: int, rank: int) -> None:
     """Makes the loss of one step NaN, on one rank."""
-    honest, calls = open_lm.train.cross_entropy, []
+    honest, calls = open_lm.model.linear_cross_entropy, []
 
-    def cross_entropy(logits, targets):
-        loss = honest(logits, targets)
+    def linear_cross_entropy(*arguments, **options):
+        loss = honest(*arguments, **options)
         calls.append(0)
         if len(calls) == step and int(os.environ.get("RANK", "0")) == rank:
-            return loss._replace(nll_sum=loss.nll_sum * float("nan"))
+            nan = float("nan")
+            return loss._replace(objective_sum=loss.objective_sum * nan, nll_BS=loss.nll_BS * nan)
         return loss
 
-    open_lm.train.cross_entropy = cross_entropy
+    open_lm.model.linear_cross_entropy = linear_cross_entropy
 
 
 def run_poisoned(logs: str, layout: str) -> None:
@@ -66,7 +68,7 @@ def check_skipped(logs: Path) -> None:
 def test_one_ranks_nan_skips_the_update_of_all(spawn, tmp_path, layout) -> None:
     spawn(2, run_poisoned, str(tmp_path), layout)
     check_skipped(tmp_path)
-    assert "update skipped on all ranks" in (tmp_path / "run/out.log").read_text()
+    assert "these updates were skipped on all ranks (1 so far)" in (tmp_path / "run/out.log").read_text()
 
 
 def test_fp16_lowers_its_scale_until_gradients_fit(tmp_path, monkeypatch) -> None:

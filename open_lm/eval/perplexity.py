@@ -12,7 +12,7 @@ from torch import nn
 
 from open_lm.config.optim import PrecisionName
 from open_lm.data.loader import ValData
-from open_lm.loss import IGNORE_INDEX, token_nll
+from open_lm.loss import IGNORE_INDEX
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, reshard_, unwrap
 
@@ -45,8 +45,8 @@ def evaluate(
                 continue
             targets_BS = batch.targets_BS.to(world.device)
             with autocast(precision, world.device):
-                output = model(batch.tokens_BS.to(world.device))
-            sums[0] += token_nll(output.logits_BSV, targets_BS).double().sum()
+                output = model(batch.tokens_BS.to(world.device), targets_BS)
+            sums[0] += output.loss.nll_BS.double().sum()
             sums[1] += (targets_BS != IGNORE_INDEX).sum()
             sums[2] += len(targets_BS) - batch.n_bad
             sums[3] += batch.n_bad

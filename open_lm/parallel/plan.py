@@ -40,6 +40,7 @@ def parallelize(
     policy = _mixed_precision(distributed, precision)
     model = build(config)
     model.grad_checkpointing = grad_checkpointing
+    model.compiled_loss = torchcompile
     dtype = WHOLE_MODEL.get(precision)
 
     if not meta:
