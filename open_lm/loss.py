@@ -107,22 +107,21 @@ def _losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
     return (logsumexp_C - target_logit_C).where(counted_C, 0), logsumexp_C.where(counted_C, 0)
 
 
-def _losses_and_gradient_(
+def _losses_and_gradient(
     logits_CV: Tensor, targets_C: Tensor, z_loss_coefficient: float
-) -> tuple[Tensor, Tensor]:
-    """As `_losses`; turns the logits into the objective's gradient with respect to them, in place."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_losses`, and the objective's gradient with respect to the logits."""
     nll_C, logsumexp_C = _losses(logits_CV, targets_C)
     counted_C = targets_C != IGNORE_INDEX
     # d nll = softmax - onehot;  d logsumexp² = 2 logsumexp softmax
     scale_C = (1 + 2 * z_loss_coefficient * logsumexp_C).where(counted_C, 0)
-    wide_CV = logits_CV.float()
     # at ignored tokens 0 * exp(logit - 0) could be 0 * inf
     shift_C = logsumexp_C.where(counted_C, torch.inf)
-    logits_CV.copy_(wide_CV.sub_(shift_C[:, None]).exp_().mul_(scale_C[:, None]))
+    grad_CV = (logits_CV - shift_C[:, None]).exp_().mul_(scale_C[:, None]).to(logits_CV.dtype)
     at_target_C = (scale_C * (-nll_C).exp() - 1).where(counted_C, 0)
     target_C1 = targets_C.where(counted_C, 0)[:, None]
-    logits_CV.scatter_(-1, target_C1, at_target_C[:, None].to(logits_CV.dtype))
-    return nll_C, logsumexp_C
+    grad_CV.scatter_(-1, target_C1, at_target_C[:, None].to(grad_CV.dtype))
+    return nll_C, logsumexp_C, grad_CV
 
 
 @functools.cache
@@ -151,9 +150,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compiled: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, losses_and_gradient_ = _losses, _losses_and_gradient_
+        losses, losses_and_gradient = _losses, _losses_and_gradient
         if compiled:
-            losses, losses_and_gradient_ = _compiled(losses), _compiled(losses_and_gradient_)
+            losses, losses_and_gradient = _compiled(losses), _compiled(losses_and_gradient)
         with torch.autocast(x_TD.device.type, enabled=False):
             narrow_VD = weight_VD.detach().to(x_TD.dtype)
             x_TD = x_TD.detach()
@@ -167,11 +166,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if not with_gradient:
                     nll_T[chunk], logsumexp_T[chunk] = losses(logits_CV, targets_T[chunk])
                     continue
-                nll_T[chunk], logsumexp_T[chunk] = losses_and_gradient_(
+                nll_T[chunk], logsumexp_T[chunk], grad_CV = losses_and_gradient(
                     logits_CV, targets_T[chunk], z_loss_coefficient
                 )
-                torch.mm(logits_CV, narrow_VD, out=grad_x_TD[chunk])
-                _add_product_(grad_weight_VD, logits_CV.t(), x_TD[chunk])
+                torch.mm(grad_CV, narrow_VD, out=grad_x_TD[chunk])
+                _add_product_(grad_weight_VD, grad_CV.t(), x_TD[chunk])
             objective = nll_T.sum() + z_loss_coefficient * logsumexp_T.square().sum()
         if with_gradient:
             ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))

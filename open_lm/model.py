@@ -70,12 +70,16 @@ class Transformer(nn.Module):
         """
         x_BSD = self.post_embed_norm(self.tok_embeddings(tokens_BS))
         recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
+        # once, not in every block: compiled blocks would compute each cosine anew for each batch and head
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        table = first.attention.position_table(x_BSD, caches[0] if caches else None)
         router_stats = []
         for layer, block in enumerate(self.layers):
             if recompute:
-                x_BSD, stats = checkpoint(block, x_BSD, use_reentrant=False)
+                x_BSD, stats = checkpoint(block, x_BSD, None, table, use_reentrant=False)
             else:
-                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer])
+                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer], table)
             if stats is not None:
                 router_stats.append(stats)
         x_BSD = self.norm(x_BSD)

@@ -159,6 +159,7 @@ def test_wrong_shapes_are_refused():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("compiled", [False, True])

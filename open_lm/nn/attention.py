@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
 from open_lm.nn.norm import NORMS
-from open_lm.nn.rotary import make_position
+from open_lm.nn.rotary import Table, make_position
 
 Attend = Callable[..., Tensor]
 
@@ -179,13 +179,20 @@ class Attention(nn.Module):
         self.position = make_position(config)
         self.attend = make_attention(config)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """x_BSD → x_BSD. With a cache, the S tokens follow those already in it, and join them."""
+    def position_table(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Table:
+        """What `forward` turns queries and keys by; the same for all layers."""
+        return self.position.table(0 if cache is None else cache.length, x_BSD.shape[1], x_BSD.device)
+
+    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None, table: Table = None) -> Tensor:
+        """x_BSD → x_BSD. With a cache, the S tokens follow those already in it, and join them.
+
+        `table` spares making the `position_table` anew.
+        """
+        table = table or self.position_table(x_BSD, cache)
         q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
         q_BSHK, k_BSHK = self.q_norm(q).unflatten(-1, self.heads), self.k_norm(k).unflatten(-1, self.heads)
         v_BSHK = v.unflatten(-1, self.heads)
-        offset = 0 if cache is None else cache.length
-        q_BSHK, k_BSHK = self.position(q_BSHK, k_BSHK, offset)
+        q_BSHK, k_BSHK = self.position(q_BSHK, k_BSHK, table)
         # A norm may have gone up to fp32 under autocast; attention wants one dtype.
         q_BSHK, k_BTHK, v_BTHK = q_BSHK.to(v.dtype), k_BSHK.to(v.dtype), v_BSHK
         if cache is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from open_lm.config.model import ModelConfig
 from open_lm.nn.attention import Attention, LayerCache
 from open_lm.nn.norm import NORMS
+from open_lm.nn.rotary import Table
 
 
 class Block(nn.Module):
@@ -26,9 +27,11 @@ class Block(nn.Module):
         self.attention_norm = norm(config.dim, config.norm_eps)
         self.ffn_norm = norm(config.dim, config.norm_eps)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None) -> tuple[Tensor, Any]:
+    def forward(
+        self, x_BSD: Tensor, cache: LayerCache | None = None, table: Table = None
+    ) -> tuple[Tensor, Any]:
         """Returns x_BSD and the router's statistics, None in a dense block."""
-        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache)
+        x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), cache, table)
         y = self.feed_forward(self.ffn_norm(x_BSD))
         y_BSD, router_stats = y if isinstance(y, tuple) else (y, None)
         return x_BSD + y_BSD, router_stats

@@ -1,8 +1,8 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864): no parameters, no buffers.
 
 Shapes: B batch, S sequence, H heads, K head width; J = K / 2 rotation planes.
-The angles are computed in every forward pass: S x J numbers are cheap beside the attention, and nothing has
-to survive meta-device construction, casts of the model, or moves between devices.
+A table of cosines and sines is made once in every forward pass, for all layers: nothing has to survive
+meta-device construction, casts of the model, or moves between devices.
 """
 
 from collections.abc import Callable
@@ -15,6 +15,7 @@ from open_lm.config.model import ModelConfig
 THETA = 1e4
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Table = tuple[Tensor, Tensor] | None  # cosines and sines, which broadcast to (S, H, J)
 
 
 def rotation(position_P: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -45,12 +46,14 @@ class Rotary(nn.Module):
         self.head_dim = head_dim
         self.rotate = rotate
 
-    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        """The first query and the first key stand at position `offset`."""
-        position_S = torch.arange(offset, offset + q_BSHK.shape[1], device=q_BSHK.device)
-        cos_SJ, sin_SJ = rotation(position_S, self.head_dim)
-        cos_S1J, sin_S1J = cos_SJ[:, None], sin_SJ[:, None]
-        return self.rotate(q_BSHK, cos_S1J, sin_S1J), self.rotate(k_BSHK, cos_S1J, sin_S1J)
+    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
+        """For queries and keys of which the first stands at position `offset`."""
+        cos_SJ, sin_SJ = rotation(torch.arange(offset, offset + tokens, device=device), self.head_dim)
+        return cos_SJ[:, None], sin_SJ[:, None]
+
+    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        assert table is not None
+        return self.rotate(q_BSHK, *table), self.rotate(k_BSHK, *table)
 
 
 class HeadRotary(nn.Module):
@@ -59,32 +62,40 @@ class HeadRotary(nn.Module):
     Head h is rotated by h at every position, so it carries no position; kept because models were trained so.
     """
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, n_heads: int, head_dim: int) -> None:
         super().__init__()
+        self.n_heads = n_heads
         self.head_dim = head_dim
 
-    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
-        head_H = torch.arange(q_BSHK.shape[2], device=q_BSHK.device)
-        cos_HJ, sin_HJ = rotation(head_H, self.head_dim)
-        return rotate_halves(q_BSHK, cos_HJ, sin_HJ), rotate_halves(k_BSHK, cos_HJ, sin_HJ)
+    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
+        return rotation(torch.arange(self.n_heads, device=device), self.head_dim)
+
+    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        assert table is not None
+        return rotate_halves(q_BSHK, *table), rotate_halves(k_BSHK, *table)
 
 
 class NoPosition(nn.Module):
     """Leaves queries and keys as they are: order is known from the causal mask alone."""
 
-    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, offset: int = 0) -> tuple[Tensor, Tensor]:
+    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
+        return None
+
+    def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         return q_BSHK, k_BSHK
 
 
-# --positional-embedding-type → head width K → module
-POSITIONS: dict[str, Callable[[int], nn.Module]] = {
-    "rotary": lambda head_dim: Rotary(head_dim, rotate_halves),
-    "llama_rotary": lambda head_dim: Rotary(head_dim, rotate_pairs),
+Position = Rotary | HeadRotary | NoPosition
+
+# --positional-embedding-type → (heads, head width K) → module
+POSITIONS: dict[str, Callable[[int, int], Position]] = {
+    "rotary": lambda n_heads, head_dim: Rotary(head_dim, rotate_halves),
+    "llama_rotary": lambda n_heads, head_dim: Rotary(head_dim, rotate_pairs),
     "head_rotary": HeadRotary,
-    "none": lambda head_dim: NoPosition(),
+    "none": lambda n_heads, head_dim: NoPosition(),
 }
 
 
-def make_position(config: ModelConfig) -> nn.Module:
-    """The module of --positional-embedding-type: (q_BSHK, k_BSHK, offset) → (q_BSHK, k_BSHK)."""
-    return POSITIONS[config.positional_embedding_type](config.head_dim)
+def make_position(config: ModelConfig) -> Position:
+    """The module of --positional-embedding-type: (q_BSHK, k_BSHK, its table) → (q_BSHK, k_BSHK)."""
+    return POSITIONS[config.positional_embedding_type](config.n_heads, config.head_dim)

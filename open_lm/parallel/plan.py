@@ -76,7 +76,10 @@ def parallelize(
 
 
 def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -> MixedPrecisionPolicy:
-    """The dtypes in which FSDP gathers parameters and reduces gradients; master weights keep their own."""
+    """The dtypes in which FSDP gathers parameters and reduces gradients; master weights keep their own.
+
+    Inputs of blocks stay as they are: the positions' table must remain fp32.
+    """
     asked = [f for f in ("fsdp_amp", "fsdp_pure_bf16") if getattr(distributed, f)]
     flags = " ".join("--" + f.replace("_", "-") for f in asked)
     if asked and not distributed.fsdp:
@@ -88,11 +91,11 @@ def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -
             f"--precision {precision} is fp16, {flags} is bf16: use amp_bfloat16 or drop {flags}"
         )
     if precision == "fp16":
-        return MixedPrecisionPolicy(param_dtype=torch.float16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy(torch.float16, torch.float32, cast_forward_inputs=False)
     if distributed.fsdp_amp:
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     if distributed.fsdp_pure_bf16:
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+        return MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
 
 

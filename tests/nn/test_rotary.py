@@ -25,6 +25,11 @@ def make(name: str) -> torch.nn.Module:
     )
 
 
+def rotate(name: str, q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, offset: int) -> tuple:
+    position = make(name)
+    return position(q_BSHK, k_BSHK, position.table(offset, q_BSHK.shape[1], q_BSHK.device))
+
+
 def turn(name: str, x_BSHK: torch.Tensor, offset: int) -> torch.Tensor:
     out = torch.zeros(x_BSHK.shape, dtype=torch.float64)
     for b in range(x_BSHK.shape[0]):
@@ -43,13 +48,13 @@ def turn(name: str, x_BSHK: torch.Tensor, offset: int) -> torch.Tensor:
 @pytest.mark.parametrize("name", PLANES)
 def test_definition(name, offset):
     q, k = torch.randn(2, B, S, H, K)
-    for rotated, x in zip(make(name)(q, k, offset), (q, k), strict=True):
+    for rotated, x in zip(rotate(name, q, k, offset), (q, k), strict=True):
         torch.testing.assert_close(rotated.double(), turn(name, x, offset), atol=1e-5, rtol=1e-5)
 
 
 def test_none_leaves_everything():
     q, k = torch.randn(2, B, S, H, K)
-    assert all(map(torch.equal, make("none")(q, k, 3), (q, k)))
+    assert all(map(torch.equal, rotate("none", q, k, 3), (q, k)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -57,7 +62,7 @@ def test_angles_stay_fp32(dtype):
     """Position 1001 would be 1000 or 1004 in half precision: an error of a radian."""
     q = torch.zeros(1, 1, H, K, dtype=dtype)
     q[..., 0] = 1
-    rotated, _ = make("rotary")(q, q, 1001)
+    rotated, _ = rotate("rotary", q, q, 1001)
     assert rotated.dtype == dtype
     assert rotated[0, 0, 0, 0].item() == pytest.approx(math.cos(1001), abs=5e-3)
     assert rotated[0, 0, 0, K // 2].item() == pytest.approx(math.sin(1001), abs=5e-3)
@@ -69,4 +74,5 @@ def test_survives_meta_construction():
     position.to_empty(device="cpu")
     assert not position.state_dict()
     q = torch.randn(B, S, H, K)
-    assert torch.equal(position(q, q, 2)[0], make("rotary")(q, q, 2)[0])
+    table = position.table(2, S, q.device)
+    assert torch.equal(position(q, q, table)[0], rotate("rotary", q, q, 2)[0])
