@@ -13,6 +13,8 @@ from open_lm.config.resolve import reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
 from open_lm.data.loader import TrainData, ValData
+from open_lm.data.masks import find_masks
+from open_lm.data.names import name_entries
 from open_lm.nn.attention import load_xformers
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import on_first_rank
@@ -55,7 +57,7 @@ def prepare(
             notes += taken
     if config.attn_name.startswith("xformers"):
         load_xformers(world.device)
-    val_batch = run.eval.global_val_batch_size or batch.rank_sequences * world.world_size
+    val_batch = run.eval.global_val_batch_size or batch.micro_sequences * world.world_size
     if val_batch % world.world_size:
         raise ValueError(f"--global-val-batch-size {val_batch} is not divisible by {world.world_size} ranks")
     schedule = train_data = None
@@ -79,6 +81,8 @@ def prepare(
             )
     entries = run.eval.val_data or ()
     keys = run.eval.val_data_key or (run.data.data_key,) * len(entries)
+    names = run.eval.val_data_name or (name_entries(entries) if len(entries) > 1 else (None,) * len(entries))
+    masks = find_masks(run.data, config.vocab_size)
     val_data = tuple(
         ValData(
             entry,
@@ -88,8 +92,10 @@ def prepare(
             max_tokens=run.eval.val_num_samples,
             ignore_parse_errors=run.data.ignore_parse_errors,
             workers=run.data.workers,
+            masks=masks,
+            name=name,
         )
-        for entry, key in zip(entries, keys, strict=True)
+        for entry, key, name in zip(entries, keys, names, strict=True)
     )
     return Job(
         run=run,

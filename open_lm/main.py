@@ -20,6 +20,7 @@ from open_lm.config.check import check
 from open_lm.config.parse import flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
+from open_lm.data.loader import ValData
 from open_lm.eval.perplexity import evaluate
 from open_lm.flops import FORMULA
 from open_lm.job import Job, prepare
@@ -214,31 +215,42 @@ def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path:
             batch_sequences=job.val_batch_sequences,
             world=job.world,
             precision=job.run.optim.precision,
+            config=job.run.eval,
         )
-        entry: dict[str, Any] = {
-            "tokens": progress.tokens,
-            "val_data": val_data.entry,
-            "checkpoint_path": path,
-            "model": job.run.model.model,
-        }
-        entry |= {f"valid/{name}": value for name, value in result.items()}
+        result["train_tokens"] = progress.tokens
+        facts = {"val_name": val_data.name, "checkpoint_path": path, "model": job.run.model.model}
+        prefix = f"valid/{val_data.name}" if len(job.val_data) > 1 else "valid"
+        entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
+        entry |= {f"{prefix}/{name}": value for name, value in result.items()}
         log.metrics(entry, progress.step)
         if job.world.rank == 0:
-            logger.info(
-                "%s: loss %.6f | perplexity %.4f | %s tokens",
-                val_data.entry, result["loss"], result["perplexity"], f"{result['tokens']:,}",
-            )  # fmt: skip
-            append_result(Path(path).parent / "results.jsonl", {"step": progress.step, **entry})
+            logger.info(describe_result(val_data, result))
+            append_result(path, {"step": progress.step, "val_data": [val_data.entry], **facts, **result})
 
 
-def append_result(path: Path, entry: dict[str, Any]) -> None:
-    """A line in results.jsonl; where the checkpoint's folder is read-only, only a warning."""
+def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
+    """A log line for people."""
+    parts = [f"{val_data.name}, {val_data.entry}" if val_data.name else val_data.entry]
+    parts[0] += f": loss {result['loss']:.6f}"
+    for kind in ("sequences", "tokens"):
+        if f"loss_{kind}_lower_95" in result:
+            ends = (result[f"loss_{kind}_{end}_95"] for end in ("lower", "upper"))
+            parts.append("95 % over {} {:.6f} … {:.6f}".format(kind, *ends))
+    return " | ".join([*parts, f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"])
+
+
+def append_result(checkpoint_path: str, entry: dict[str, Any]) -> None:
+    """A line in results.jsonl beside the checkpoint, by open_lm's names; only a warning where that is read-only
+    or remote (what is remote cannot be appended to)."""
+    path = Path(checkpoint_path).parent / "results.jsonl"
     try:
+        if "://" in checkpoint_path:
+            raise OSError(f"{checkpoint_path} is remote")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
     except OSError as error:
-        logger.warning("%s could not be written: %s", path, error)
+        logger.warning("results.jsonl could not be written (log.jsonl holds the metrics): %s", error)
 
 
 if __name__ == "__main__":

@@ -62,10 +62,10 @@ def test_runs_to_the_end_and_fails_when_nothing_was_learned(tmp_path):
     for name in ("dense", "moe"):
         lines = (logs / name / "checkpoints" / "results.jsonl").read_text().splitlines()
         entries = [json.loads(line) for line in lines]
-        assert [Path(e["val_data"]).parts[-3] for e in entries] == ["prose", "code"]
+        assert [Path(e["val_data"][0]).parts[-3] for e in entries] == ["prose", "code"]
         for entry in entries:
-            assert f"{entry['valid/perplexity']:,.1f}" in done.stdout
-            assert f"{entry['valid/perplexity']:,.1f}" in page
+            assert f"{entry['perplexity']:,.1f}" in done.stdout
+            assert f"{entry['perplexity']:,.1f}" in page
     unigram = json.loads((tmp_path / "corpus" / "corpus.json").read_text())["held_out_unigram_perplexity"]
     assert all(f"{value:,.1f}" in page for value in unigram.values())
     recorded = [json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()]

@@ -32,6 +32,12 @@ def evaluation(step: int, entry: str, loss: float, tokens: int) -> dict:
     }
 
 
+def result(step: int, entry: str, loss: float, tokens: int) -> dict:
+    """A line of results.jsonl, by open_lm's names."""
+    line = {"step": step, "train_tokens": step * 2048, "val_data": [entry], "loss": loss, "tokens": tokens}
+    return line | {"model": "open_lm_test_tiny"}
+
+
 def router(share: list[float], layer: int, dead: int = 0) -> dict:
     return {
         "layer": layer,
@@ -234,3 +240,23 @@ def test_command_line(runs, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "r.html" in done.stdout
     assert "dense" in (tmp_path / "r.html").read_text(encoding="utf-8")
+
+
+def test_lines_of_several_entries_and_results_say_the_same(tmp_path):
+    named = []
+    for name, loss in (("books", 3.0), ("code", 2.0)):
+        line = {"step": 30, "tokens": 30 * 2048, "val_data": f"/{name}/m.jsonl", "val_name": name}
+        named.append(line | {f"valid/{name}/loss": loss, f"valid/{name}/tokens": 100})
+    results = [result(30, "/books/m.jsonl", 3.0, 100), result(30, "/code/m.jsonl", 2.0, 100)]
+    averaged = results[0] | {"average": "ema_0.9_1", "loss": 1.0}
+    runs = [
+        read_run(write_run(tmp_path / "log", {}, [training(30, 6.0, 1.0), *named])),
+        read_run(write_run(tmp_path / "results", {}, [training(30, 6.0, 1.0)], [*results, averaged])),
+        read_run(write_run(tmp_path / "both", {}, [training(30, 6.0, 1.0), *named], results)),
+    ]
+    for run in runs:
+        assert run.evaluations == runs[0].evaluations
+        assert perplexities(run) == pytest.approx(
+            {ALL: math.exp(2.5), "/books/m.jsonl": math.exp(3), "/code/m.jsonl": math.exp(2)}
+        )
+        assert run.tokens == 30 * 2048

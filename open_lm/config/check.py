@@ -1,5 +1,6 @@
 """Contradictions between flags: one clear error, before any work."""
 
+import re
 from collections.abc import Collection
 from dataclasses import fields
 
@@ -48,6 +49,8 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
     warnings = _check_later(run.later)
     _check_data(run.data)
     _check_eval(run.eval)
+    if run.eval.val_max_pop_ci is not None and not (run.eval.val_seq_ci or run.eval.val_tok_ci):
+        warnings.append("--val-max-pop-ci does nothing without --val-seq-ci or --val-tok-ci")
     _check_optim(run.optim, given)
     _check_distributed(run.distributed, run.optim, given)
     _check_purpose(run)
@@ -100,6 +103,11 @@ def _check_data(data: DataConfig) -> None:
         raise ValueError(f"--workers {data.workers}: expected 0 or more")
     if data.data_key not in ("json", "json.gz", "txt"):
         raise ValueError(f"--data-key {data.data_key}: expected json, json.gz or txt")
+    if data.squash_mask_left and None in (data.target_mask_left, data.target_mask_individual):
+        raise ValueError(
+            f"--squash-mask-left takes out --target-mask-left ({data.target_mask_left}) and pads with "
+            f"--target-mask-individual ({data.target_mask_individual}): give both"
+        )
 
 
 def _check_eval(evaluation: EvalConfig) -> None:
@@ -109,7 +117,24 @@ def _check_eval(evaluation: EvalConfig) -> None:
     for key in keys or ():
         if key not in ("json", "json.gz", "txt"):
             raise ValueError(f"--val-data-key {key}: expected json, json.gz or txt")
-    for name in ("val_num_samples", "val_frequency", "global_val_batch_size"):
+    names = evaluation.val_data_name
+    if names is not None:
+        shown = " ".join(names)
+        if len(names) != len(entries):
+            raise ValueError(
+                f"--val-data-name {shown}: {len(names)} names for {len(entries)} --val-data entries"
+            )
+        if len(set(names)) != len(names) or not all(re.fullmatch(r"[\w.-]+", name) for name in names):
+            raise ValueError(
+                f"--val-data-name {shown}: expected different names of letters, digits and _ . -"
+            )
+    for name in (
+        "val_num_samples",
+        "val_frequency",
+        "global_val_batch_size",
+        "val_max_pop_ci",
+        "val_iter_ci",
+    ):
         value = getattr(evaluation, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")

@@ -43,10 +43,12 @@ class DataConfig:
     """Skip (mask and count) a sample that cannot be read, instead of failing with its name."""
 
     target_mask_left: int | None = None
-    """Token id: targets up to and including its last occurrence in a sequence are not trained on."""
+    """Token id: targets up to and including its last occurrence among them are ignored, in training and
+    evaluation; all count in a sequence without it. A negative id counts from the vocabulary's end."""
 
     target_mask_individual: int | None = None
-    """Token id (padding): never a target."""
+    """Token id (padding): never a target, in training and evaluation. Negative: from the vocabulary's end."""
 
     squash_mask_left: bool = False
-    """Drop the tokens that --target-mask-left masks and pad at the right with --target-mask-individual."""
+    """Take the --target-mask-left tokens themselves out of inputs and targets, and pad at the right with
+    --target-mask-individual."""

@@ -18,13 +18,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from open_lm.config import DataConfig
 from open_lm.data.manifest import Source, read_manifest
+from open_lm.data.masks import IGNORED, NO_MASKS, Masks, divide, find_masks
 from open_lm.data.order import LANES, Order
 from open_lm.data.reader import Rows, SequenceReader
 from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import find_source, open_shard
 from open_lm.data.synthetic import draw_tokens
 
-IGNORED = -100
 PREFETCHED = 4  # batches a worker is ahead
 
 
@@ -40,12 +40,11 @@ class Batch(NamedTuple):
     n_bad: int
 
 
-def make_batch(rows: Rows) -> Batch:
-    """Inputs are all tokens but the last, targets all but the first."""
-    tokens_BL = torch.from_numpy(rows.tokens_BL).long()
-    good_B = torch.from_numpy(rows.good_B)
-    targets_BS = tokens_BL[:, 1:].masked_fill(~good_B[:, None], IGNORED)
-    return Batch(tokens_BL[:, :-1].contiguous(), targets_BS, int((~good_B).sum()))
+def make_batch(rows: Rows, masks: Masks = NO_MASKS) -> Batch:
+    """Inputs are all tokens but the last, targets all but the first that are neither masked nor bad."""
+    inputs_BS, targets_BS = divide(torch.from_numpy(rows.tokens_BL).long(), masks)
+    bad_B = ~torch.from_numpy(rows.good_B)
+    return Batch(inputs_BS, targets_BS.masked_fill_(bad_B[:, None], IGNORED), int(bad_B.sum()))
 
 
 class Steps(Dataset):
@@ -78,16 +77,25 @@ class SyntheticSteps(Dataset):
 
 
 class Stretches(Dataset):
-    """Item b: rows of the b-th `batch` sequences of a list, or the error that reading them gave."""
+    """Item b: rows of the b-th `batch` of the first `total` sequences of a reader's one source, in stored order,
+    or the error that reading them gave."""
 
-    def __init__(self, places: Sequence[tuple[int, int, int]], reader: SequenceReader, batch: int):
-        self.places = places
+    def __init__(self, reader: SequenceReader, batch: int, total: int):
         self.reader = reader
         self.batch = batch
+        self.total = total
+        self.end_N = np.cumsum([shard.num_sequences for shard in reader.sources[0].shards])
+
+    def place(self, sequence: int) -> tuple[int, int, int]:
+        shard = int(self.end_N.searchsorted(sequence, side="right"))
+        return 0, shard, sequence - (int(self.end_N[shard - 1]) if shard else 0)
 
     def __getitem__(self, number: int) -> Rows | Exception:
+        first = number * self.batch
         try:
-            return self.reader.read(self.places[number * self.batch : (number + 1) * self.batch])
+            return self.reader.read(
+                [self.place(i) for i in range(first, min(first + self.batch, self.total))]
+            )
         except (ValueError, OSError, ImportError) as error:
             return error
 
@@ -97,8 +105,8 @@ def pass_on(item):
     return item
 
 
-def load(items: Dataset, numbers: Sequence[int], workers: int) -> Iterator[Batch]:
-    """The batches of these items in this order, read by `workers` processes (0: by this one).
+def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> Iterator[Batch]:
+    """The masked batches of these items in this order, read by `workers` processes (0: by this one).
 
     An error comes up in its place in the order, as itself. The processes end with the iterator.
     """
@@ -121,7 +129,7 @@ def load(items: Dataset, numbers: Sequence[int], workers: int) -> Iterator[Batch
         for rows in rows_of_items:
             if isinstance(rows, Exception):
                 raise rows
-            yield make_batch(rows)
+            yield make_batch(rows, masks)
     finally:
         del rows_of_items  # ends the workers now, however long the error's traceback holds this frame
 
@@ -129,8 +137,8 @@ def load(items: Dataset, numbers: Sequence[int], workers: int) -> Iterator[Batch
 class TrainData:
     """This rank's share of the training data: B/W slots from rank*B/W on of every global batch of B sequences.
 
-    ValueError: no data or two kinds of it, weights that do not fit, a batch that the W ranks cannot share, and
-    what manifests and shards give; FileNotFoundError and OSError where they cannot be read.
+    ValueError: no data or two kinds of it, weights or masks that do not fit, a batch that the W ranks cannot
+    share, and what manifests and shards give; FileNotFoundError and OSError where they cannot be read.
     """
 
     def __init__(
@@ -153,6 +161,7 @@ class TrainData:
         self.config = config
         self.global_batch = global_batch
         self.seed = seed
+        self.masks = find_masks(config, vocab_size)
         self.order: Order | None = None
         self.sources: list[Source] = []
         if config.dataset_type == "synthetic":
@@ -176,7 +185,7 @@ class TrainData:
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps start_step … end_step-1. Errors name the shard and the sample."""
-        return load(self.items, range(start_step, end_step), self.config.workers)
+        return load(self.items, range(start_step, end_step), self.config.workers, self.masks)
 
     def check_enough(self, end_step: int) -> None:
         """ValueError if a source is used up before `end_step` and may be neither read again nor resampled."""
@@ -196,8 +205,12 @@ class TrainData:
             )
 
     def fingerprint(self) -> dict:
-        """What determines the order beside the step, wherever the files lie, as plain JSON."""
-        return {
+        """What determines the order and the targets beside the step, wherever the files lie, as plain JSON.
+
+        Without a mask it is what it was before there were masks: old checkpoints resume.
+        """
+        masks = {"masks": self.masks._asdict()} if self.masks != NO_MASKS else {}
+        return masks | {
             "sources": [{"sha256": source.sha256, "sequences": source.sequences} for source in self.sources],
             "weights": [str(weight) for weight in self.order.weights] if self.order else [],
             "global_batch": self.global_batch,
@@ -256,17 +269,20 @@ class ValData:
         ignore_parse_errors: bool = False,
         workers: int = 0,
         cache: Cache | None = None,
+        masks: Masks = NO_MASKS,
+        name: str | None = None,
     ):
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
         source = find_source(entry, key, cache, limit)
         if entry.endswith(".jsonl"):
             check_shards(source, key, cache)
-        counts = [shard.num_sequences for shard in source.shards]
-        places = [(0, shard, sequence) for shard, count in enumerate(counts) for sequence in range(count)]
         self.entry = entry
+        self.name = name
         self.workers = workers
-        self.places = places[:limit]
+        self.masks = masks
+        self.sequences = source.sequences if limit is None else min(source.sequences, limit)
+        """Sequences that one evaluation reads."""
         self.reader = SequenceReader(
             [source],
             key=key,
@@ -276,19 +292,13 @@ class ValData:
             ignore_parse_errors=ignore_parse_errors,
         )
 
-    @property
-    def sequences(self) -> int:
-        """Sequences that one evaluation reads."""
-        return len(self.places)
-
     def batches(self, batch_sequences: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch | None]:
         """Batches rank, rank + world_size, … of `batch_sequences` each; only the last of all may be smaller.
 
         Every rank gets equally many items: None where there is no batch left for it.
         """
-        total = -(-len(self.places) // batch_sequences)
+        total = -(-self.sequences // batch_sequences)
         numbers = range(rank, total, world_size)
-        yield from load(
-            Stretches(self.places, self.reader, batch_sequences), numbers, min(self.workers, len(numbers))
-        )
+        items = Stretches(self.reader, batch_sequences, self.sequences)
+        yield from load(items, numbers, min(self.workers, len(numbers)), self.masks)
         yield from [None] * (-(-total // world_size) - len(numbers))

@@ -50,8 +50,8 @@ class OpenShards:
 class SequenceReader:
     """Reads sequences of the sources as rows of seq_len + 1 tokens. A process opens its own files.
 
-    ValueError names shard and sample: token ids outside the vocabulary always, unreadable samples unless
-    they are to be ignored.
+    A negative id counts from the vocabulary's end, as in open_lm. ValueError names shard and sample: token ids
+    outside the vocabulary always, unreadable samples unless they are to be ignored.
     """
 
     def __init__(
@@ -90,6 +90,8 @@ class SequenceReader:
             start = draw(spare + 1, *crop_names, first + row) if spare and crop_names else 0
             tokens_BL[row] = tokens[start : start + self.length]
             good_B[row] = True
+        # open_lm's data may count special tokens from the vocabulary's end: -1 is its last id
+        tokens_BL[(tokens_BL < 0) & (tokens_BL >= -self.vocab_size)] += self.vocab_size
         outside_BL = (tokens_BL < 0) | (tokens_BL >= self.vocab_size)
         if outside_BL.any():
             row, column = np.argwhere(outside_BL)[0]

@@ -62,3 +62,13 @@ def gather_objects(value: T) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, value)
     return everyone
+
+
+def gather_alike(tensor: Tensor) -> Tensor | None:
+    """Every rank's tensor, all of one shape, stacked in the order of ranks on the CPU of rank 0; else None."""
+    if not dist.is_initialized():
+        return tensor.cpu()[None]
+    first = this_rank() == 0
+    everyone = [torch.empty_like(tensor) for _ in range(dist.get_world_size())] if first else None
+    dist.gather(tensor.contiguous(), everyone, dst=0)
+    return torch.stack([part.cpu() for part in everyone]) if everyone else None

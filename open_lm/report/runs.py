@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from open_lm.report.chart import short
 
 ALL = "all held-out text"
-EVALUATION_KEYS = {"step", "tokens", "val_data", "valid/loss", "valid/tokens"}
 
 
 class Evaluation(NamedTuple):
@@ -86,13 +85,26 @@ def read_run(folder: Path) -> Run:
         else:
             results.append(line)
     results += read_lines(folder / "checkpoints" / "results.jsonl")
-    found = {}
-    for r in results:
-        if not r.keys() >= EVALUATION_KEYS:  # a line of another kind, or of another program
-            continue
-        one = Evaluation(r["step"], r["tokens"], r["val_data"], r["valid/loss"], r["valid/tokens"])
-        found[one.step, one.entry] = one
+    evaluations = [e for line in results if (e := find_evaluation(line))]
+    found = {(e.step, e.entry): e for e in evaluations}
     return Run(facts.get("name", folder.name), facts, training, sorted(found.values(), key=lambda e: e.step))
+
+
+def find_evaluation(line: dict[str, Any]) -> Evaluation | None:
+    """What a line of log.jsonl (valid/loss; of one among several entries valid/NAME/loss) or of results.jsonl
+    (loss) says; None of a line of another kind, of averaged weights, or of another program."""
+    entry = line.get("val_data")
+    if isinstance(entry, list) and len(entry) == 1:
+        entry = entry[0]
+    if "step" not in line or not isinstance(entry, str) or line.get("average", "none") != "none":
+        return None
+    for prefix, tokens in (
+        ("valid/", "tokens"), (f"valid/{line.get('val_name')}/", "tokens"), ("", "train_tokens"),
+    ):  # fmt: skip
+        if line.keys() >= {tokens, f"{prefix}loss", f"{prefix}tokens"}:
+            loss, val_tokens = float(line[f"{prefix}loss"]), line[f"{prefix}tokens"]
+            return Evaluation(line["step"], line[tokens], entry, loss, val_tokens)
+    return None
 
 
 def together(evaluations: Sequence[Evaluation]) -> float:

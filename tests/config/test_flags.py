@@ -131,6 +131,15 @@ def test_unknown_flag_names_the_nearest(capsys) -> None:
         ("--workers -1", "--workers -1"),
         ("--data-key parquet", "--data-key parquet"),
         ("--val-data a b --val-data-key json", "1 keys for the 2 entries"),
+        ("--val-data a b --val-data-name x", "--val-data-name x: 1 names for 2"),
+        ("--val-data a b --val-data-name x x", "--val-data-name x x: expected different names"),
+        ("--val-data a --val-data-name x/y", "--val-data-name x/y: expected"),
+        ("--val-num-samples 0", "--val-num-samples 0"),
+        ("--val-frequency 0", "--val-frequency 0"),
+        ("--global-val-batch-size 0", "--global-val-batch-size 0"),
+        ("--val-iter-ci 0", "--val-iter-ci 0"),
+        ("--val-max-pop-ci 0", "--val-max-pop-ci 0"),
+        ("--squash-mask-left --target-mask-left 3", r"--target-mask-individual \(None\): give both"),
     ],
 )
 def test_contradictions(line: str, message: str) -> None:
@@ -179,6 +188,12 @@ def test_flags_without_work_say_so(name: str) -> None:
     else:
         (warning,) = check(run, given)
         assert warning.startswith(flag + " does nothing")
+
+
+def test_a_limit_without_an_interval_says_so() -> None:
+    (warning,) = check(*run_of(TRAIN + "--val-max-pop-ci 9"))
+    assert warning.startswith("--val-max-pop-ci does nothing")
+    assert check(*run_of(TRAIN + "--val-max-pop-ci 9 --val-tok-ci")) == []
 
 
 def test_models_and_their_json(tmp_path) -> None:

@@ -139,7 +139,7 @@ def test_bad_samples_go_by_the_policy(write_shard, tmp_path, workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("token", [1000, -1, 2**40])
+@pytest.mark.parametrize("token", [1000, -1001, 2**40])
 def test_a_token_outside_the_vocabulary_is_named(write_shard, tmp_path, workers, token):
     path = write_shard(tmp_path / "a.tar", [[1] * 5, [999, 0, 2, token, 3], [3] * 5])
     config = DataConfig(train_data=(path,), data_key="json", workers=workers, ignore_parse_errors=True)

@@ -4,13 +4,16 @@ import math
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from open_lm.config.distributed import DistributedConfig
+from open_lm.config.eval import EvalConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.data.loader import Batch
+from open_lm.eval.bootstrap import interval
 from open_lm.eval.perplexity import evaluate, perplexity
 from open_lm.parallel import mesh, plan
 
@@ -60,8 +63,14 @@ def make(config, world=ALONE, distributed=PLAIN):
     return model
 
 
-def run(model, batch_sequences=2, world=ALONE, precision="fp32", n=7):
-    return evaluate(model, Sequences(n), batch_sequences=batch_sequences, world=world, precision=precision)
+INTERVALS = EvalConfig(val_seq_ci=True, val_tok_ci=True, val_iter_ci=300)
+ENDS = [f"loss_{kind}_{end}_95" for kind in ("sequences", "tokens") for end in ("lower", "upper")]
+
+
+def run(model, batch_sequences=2, world=ALONE, precision="fp32", n=7, config=None):
+    return evaluate(
+        model, Sequences(n), batch_sequences=batch_sequences, world=world, precision=precision, config=config
+    )
 
 
 @pytest.mark.parametrize("batch_sequences", [1, 2, 7])
@@ -78,6 +87,38 @@ def test_equals_the_definition(batch_sequences):
     assert result["loss"] == pytest.approx(total / count, rel=1e-6)
     assert result["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
     assert result["tokens_per_second"] == pytest.approx(45 / result["seconds"])
+
+
+def test_open_lms_names():
+    result = run(make(CONFIG))
+    for name in ("samples_per_second", "samples_per_second_per_gpu", "data_time", "batch_time", "seconds"):
+        assert result[name] > 0, name
+    assert result["samples_per_second"] == pytest.approx(7 * 8 / result["seconds"])
+    assert result["batch_time"] == pytest.approx(result["seconds"] / 4)
+    assert not any("95" in name for name in result)  # intervals only where they are asked for
+
+
+def test_intervals_are_of_each_tokens_and_each_sequences_loss():
+    model, data = make(DROPLESS), Sequences()
+    with torch.no_grad():
+        log_p = model(data.tokens).logits_BSV.log_softmax(-1)
+    nll = -log_p.gather(-1, data.targets.clamp(min=0)[..., None])[..., 0]
+    counted = data.targets != -100
+    of_tokens = nll[counted].numpy()
+    of_sequences = np.array([nll[i][counted[i]].double().mean() for i in range(7) if counted[i].any()])
+    assert (len(of_tokens), len(of_sequences)) == (45, 6)
+    expected = [
+        *interval(of_sequences, max_population=None, iterations=300),
+        *interval(of_tokens, max_population=None, iterations=300),
+    ]
+    result = run(model, config=INTERVALS)
+    assert [result[end] for end in ENDS] == pytest.approx(expected, rel=1e-5)
+    assert result["loss_tokens_lower_95"] < result["loss"] < result["loss_tokens_upper_95"]
+    narrow = run(model, config=replace(INTERVALS, val_seq_ci=False))
+    wide = run(model, config=replace(INTERVALS, val_seq_ci=False, val_max_pop_ci=5))
+    assert ENDS[0] not in wide
+    widths = [r["loss_tokens_upper_95"] - r["loss_tokens_lower_95"] for r in (narrow, wide)]
+    assert widths[1] == pytest.approx(3 * widths[0], rel=0.3)  # 45 draws, 5 draws
 
 
 def test_nothing_is_left_changed():
@@ -103,12 +144,12 @@ def on_two_ranks():
     for kind, distributed in (("ddp", PLAIN), ("fsdp", DistributedConfig(fsdp=True))):
         model = make(CONFIG, world, distributed)
         # 7 sequences, 2 at a time: 4 batches; 5: 3 batches, and rank 1 has nothing in the last round
-        results[kind] = [run(model, world=world, n=n) for n in (7, 5)]
+        results[kind] = [run(model, world=world, n=n, config=INTERVALS) for n in (7, 5)]
     return results
 
 
 def test_does_not_depend_on_the_number_of_ranks(spawn):
-    alone = [run(make(CONFIG), n=n) for n in (7, 5)]
+    alone = [run(make(CONFIG), n=n, config=INTERVALS) for n in (7, 5)]
     for rank in spawn(2, on_two_ranks):
         for kind in ("ddp", "fsdp"):
             for ours, expected in zip(rank[kind], alone, strict=True):
@@ -116,6 +157,7 @@ def test_does_not_depend_on_the_number_of_ranks(spawn):
                 assert [ours[k] for k in ("tokens", "sequences", "skipped_sequences")] == [
                     expected[k] for k in ("tokens", "sequences", "skipped_sequences")
                 ]
+                assert [ours[end] for end in ENDS] == [expected[end] for end in ENDS]
     # the capacity acts here, so that equality is no accident
     assert run(make(CONFIG), 1)["loss"] != pytest.approx(alone[0]["loss"], rel=1e-4)
 
