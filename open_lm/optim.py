@@ -92,7 +92,12 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for gradients in by_mesh.values():
         each = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(each))
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if isinstance(
+            norm, DTensor
+        ):  # offloaded gradients lie in host memory: their norm goes to the mesh's device
+            local = norm.to_local().to(norm.device_mesh.device_type)
+            norm = DTensor.from_local(local, norm.device_mesh, norm.placements, run_check=False).full_tensor()
+        norms.append(norm)
     if not norms:
         return torch.zeros(())
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
