@@ -132,8 +132,8 @@ def _meet(ranks: Ranks) -> dist.Store:
             address, port = (os.environ.get(name, "(not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
             where = f"MASTER_ADDR={address} MASTER_PORT={port}"
         raise ConnectionError(
-            f"the {ranks.world_size} ranks did not meet at {where}: is that the address of rank 0's host, is the port "
-            f"free, was every rank started? ({(str(error) or type(error).__name__).splitlines()[0]})"
+            f"the {ranks.world_size} ranks did not meet at {where}: is that the address of rank 0's host, is the "
+            f"port free, was every rank started? ({(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
     return store
 

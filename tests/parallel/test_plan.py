@@ -277,6 +277,18 @@ def test_recomputation_changes_memory_alone(distributed, group_of_one):
     assert bytes_again < 0.5 * kept_bytes, (bytes_again, kept_bytes)
 
 
+def test_fsdp_gathers_the_next_block_during_a_backward(group_of_one):
+    """What the warning of --fsdp-backward-prefetch says."""
+    model = make(replace(DENSE, n_layers=3), group_of_one, FSDP)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        model(batch(0)[0]).logits_BSV.sum().backward()
+    events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+    order = [event.name.removeprefix("FSDP::") for event in events if event.name.startswith("FSDP::")]
+    for layer in (1, 2):
+        gathered = order.index(f"backward_prefetch for layers.{layer - 1}")
+        assert gathered < order.index(f"post_backward_reduce (layers.{layer})")
+
+
 @pytest.fixture(scope="module")
 def references():
     """One process whose micro-batches are what the two ranks have, and twice as many."""
