@@ -449,6 +449,15 @@ def test_fsdp_in_bf16_keeps_fp32_weights(spawn):
     assert share_in_bf16(seen["fsdp_pure_bf16"]["gradients"]) == 1
 
 
+def test_fsdp_amp_accumulates_in_fp32(group_of_one):
+    model = make(SPARSE, group_of_one, replace(FSDP, fsdp_amp=True))
+    x, y = batch(0)
+    for part in (slice(0, 2), slice(2, 4)):
+        with plan.no_sync(model, part.start == 0):
+            loss.cross_entropy(model(x[part]).logits_BSV, y[part]).nll_sum.backward()
+    assert share_in_bf16({name: whole(p.grad) for name, p in model.named_parameters()}) < 0.9
+
+
 @pytest.mark.parametrize("precision", ["bf16", "amp", "amp_bf16", "fp16"])
 def test_low_precision_trains_near_fp32(precision):
     exact = train(make(SPARSE), ALONE)
