@@ -58,10 +58,10 @@ def start(config: DistributedConfig) -> World:
         axes = _axes(config, ranks)
         _init_group(config, ranks, device)
         mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
-        if (config.fsdp_hybrid or config.fsdp_hybrid_o2) and "replicate" not in axes:
-            also = ", and parameters stay gathered until the backward pass" if config.fsdp_hybrid_o2 else ""
-            flag = "--fsdp-hybrid-o2" if config.fsdp_hybrid_o2 else "--fsdp-hybrid"
-            notes.append(f"{flag} on one node: nothing is replicated{also}")
+        if hybrid := _hybrid_flag(config):
+            nodes = axes.get("replicate")
+            over = f"replicated over {nodes} nodes" if nodes else "nothing replicated: there is one node"
+            notes.append(f"{hybrid}: sharded over {axes['shard']} ranks, {over}")
     if config.fsdp_cpu_offload and device.type == "cpu":
         notes.append("--fsdp-cpu-offload does nothing: there is no GPU to take memory from")
     return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes))
@@ -79,11 +79,17 @@ def _device(local_rank: int, no_set_device_rank: bool) -> torch.device:
     return torch.device("cuda", index)
 
 
+def _hybrid_flag(config: DistributedConfig) -> str | None:
+    if config.fsdp_hybrid_o2:
+        return "--fsdp-hybrid-o2"
+    return "--fsdp-hybrid" if config.fsdp_hybrid else None
+
+
 def _axes(config: DistributedConfig, ranks: Ranks) -> dict[str, int]:
     """The mesh's axes and their sizes. Raises ValueError where --fsdp-hybrid cannot tell one host from another."""
-    if not (config.fsdp_hybrid or config.fsdp_hybrid_o2):
+    flag = _hybrid_flag(config)
+    if flag is None:
         return {"shard": ranks.world_size}
-    flag = "--fsdp-hybrid" if config.fsdp_hybrid else "--fsdp-hybrid-o2"
     each = ranks.local_world_size
     if each is None or ranks.world_size % each:
         raise ValueError(

@@ -158,7 +158,7 @@ def test_srun_runs_the_command_on_its_first_tasks(tmp_path, monkeypatch, capfd) 
     assert [task.returncode for task in tasks] == [0, 0, 0], printed
     assert printed[2][0] == "rank 2 is not needed with --preset-world-size 2: it ends\n"
     assert "2 ranks on cpu" in "".join(printed[0])
-    assert "--fsdp-hybrid on one node" in "".join(printed[0])
+    assert "--fsdp-hybrid: sharded over 2 ranks, nothing replicated" in "".join(printed[0])
     expected = weights(tmp_path, "alone")
     for name, weight in weights(tmp_path, "srun").items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-5, atol=1e-5)

@@ -76,7 +76,8 @@ def test_hybrid_on_one_node_says_so(monkeypatch, flag):
     world = mesh.start(DistributedConfig(fsdp=True, **{flag: True}))
     mesh.stop()
     assert world.mesh.mesh_dim_names == ("shard",)
-    assert "--" + flag.replace("_", "-") + " on one node" in world.notes[0]
+    flag = "--" + flag.replace("_", "-")
+    assert world.notes == (f"{flag}: sharded over 1 ranks, nothing replicated: there is one node",)
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def on_these_hosts(world, folder, flag):
     """{kind: result of train}; a checkpoint in `folder` on the way."""
     distributed, config = replace(FSDP, **{flag: True}), HYBRIDS[flag]
     assert world.mesh.mesh_dim_names == ("replicate", "shard")
+    assert world.notes == ("--fsdp-hybrid: sharded over 2 ranks, replicated over 2 nodes",)
     assert world.mesh.mesh.tolist() == [[0, 1], [2, 3]]
     results = {}
 
