@@ -190,6 +190,7 @@ def on_these_hosts(world, folder, flag):
     return results
 
 
+@pytest.mark.slow
 def test_two_hosts_equal_one_process(spawn, tmp_path):
     ranks = spawn(4, on_two_hosts, tmp_path)
     for flag, config in HYBRIDS.items():
