@@ -49,7 +49,7 @@ def prepare(
     batch = divide_batch(run.optim, world.world_size)
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
     start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder)))
-    notes = list(notes)
+    notes = [*notes, *world.notes]
     if start_from is not None:
         saved = checkpoint.read_model_config(start_from)
         if saved is not None:

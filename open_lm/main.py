@@ -5,7 +5,6 @@ python -m open_lm.main --help
 
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +29,7 @@ from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import gather_objects
+from open_lm.parallel.launch import claimed_rank, find_ranks
 from open_lm.parallel.plan import parallelize
 from open_lm.train import train
 
@@ -42,7 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run, given = parse(sys.argv[1:] if arguments is None else arguments)
         notes = check(run, given)
         config = resolve_model(run.model, run.moe, given)
-        divide_batch(run.optim, int(os.environ.get("WORLD_SIZE", "1")))
+        ranks = find_ranks(run.distributed)
+        if not ranks.is_needed:
+            print(f"rank {ranks.rank} is not needed with --preset-world-size {ranks.world_size}: it ends")
+            return
+        divide_batch(run.optim, ranks.world_size)
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
@@ -60,7 +64,7 @@ def refusing(every_rank: bool = False) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        rank = int(os.environ.get("RANK", "0"))
+        rank = claimed_rank()
         if rank == 0 or every_rank:
             where = f"[rank {rank}] " if rank else ""
             print(f"open_lm.main: error: {where}{error}", file=sys.stderr, flush=True)

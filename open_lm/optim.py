@@ -92,7 +92,11 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     for gradients in by_mesh.values():
         each = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(each))
-        norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if isinstance(norm, DTensor):
+            # gradients offloaded to host memory: what is summed over ranks goes to the mesh's device
+            local = norm.to_local().to(norm.device_mesh.device_type)
+            norm = DTensor.from_local(local, norm.device_mesh, norm.placements, run_check=False).full_tensor()
+        norms.append(norm)
     if not norms:
         return torch.zeros(())
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
@@ -123,11 +127,14 @@ def is_finite(*tensors: Tensor) -> Tensor:
 
 
 def update_(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()` where `finite` (0-d bool) holds; else no weight, moment or count changes. No host sync.
+    """`optimizer.step()` where `finite` (0-d bool) holds; else no weight, moment or count changes. No host sync,
+    unless the weights are offloaded to host memory.
 
     The fused optimizers read `found_inf` on the device, as torch's GradScaler has them do.
     """
-    optimizer.found_inf = (~finite).float()  # pyright: ignore[reportAttributeAccessIssue]
+    # torch's own copy to the host would not wait for the value
+    found_inf = (~finite).float().to(optimizer.param_groups[0]["params"][0].device)
+    optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
 
 

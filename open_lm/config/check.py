@@ -32,7 +32,7 @@ LATER = {
     "fsdp_use_orig_params": "does nothing: FSDP2 always keeps the original parameters",
     "fsdp_backward_prefetch": "does nothing: FSDP2 always prefetches the next block in the backward pass",
     "fsdp_limit_all_gathers": "does nothing: FSDP2 bounds its gathered memory by itself",
-    "fsdp_checkpoint": "does nothing: use --grad-checkpointing",
+    "fsdp_checkpoint": "does nothing, as in open_lm: use --grad-checkpointing",
     "distill_model": NOT_YET,
     "distill_pretrained": NOT_YET,
     "use_bnb_linear": NOT_YET,
@@ -181,6 +181,15 @@ def _check_distributed(parallel: DistributedConfig, optim: OptimConfig, given: C
                 raise ValueError(
                     f"{flag} computes in bf16, but --precision is {optim.precision}: use amp_bfloat16"
                 )
+    for name in ("fsdp_hybrid", "fsdp_hybrid_o2", "fsdp_cpu_offload"):
+        if getattr(parallel, name) and not parallel.fsdp:
+            raise ValueError(f"--{name.replace('_', '-')} needs --fsdp")
+    if parallel.fsdp_hybrid and parallel.fsdp_hybrid_o2:
+        raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 are both given: use one")
+    if parallel.preset_world_size is not None and parallel.preset_world_size < 1:
+        raise ValueError(f"--preset-world-size {parallel.preset_world_size}: expected at least 1")
+    if not parallel.dist_url.startswith(("env://", "tcp://", "file://")):
+        raise ValueError(f"--dist-url {parallel.dist_url}: expected env://, tcp://HOST:PORT or file:///PATH")
     if parallel.ddp_static_graph and parallel.fsdp:
         raise ValueError("--ddp-static-graph is DDP's, but --fsdp is given: drop one")
 

@@ -1,11 +1,14 @@
 """Ranks and how the model is spread over them."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+BackendName = Literal["nccl", "gloo"]
 
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Distribution. Launch with torchrun; several ranks without --fsdp means DDP."""
+    """Distribution. Launch with torchrun or srun; several ranks without --fsdp means DDP."""
 
     fsdp: bool = False
     """Shard parameters, gradients and optimizer state over the ranks (FSDP2, one unit per block)."""
@@ -14,16 +17,17 @@ class DistributedConfig:
     """FSDP: gather parameters in bf16, reduce gradients in fp32."""
 
     fsdp_pure_bf16: bool = False
-    """FSDP: gather parameters and reduce gradients in bf16."""
+    """FSDP: gather parameters and reduce gradients in bf16; weights and moments stay in fp32."""
 
     ddp_static_graph: bool = False
     """DDP: static_graph=True."""
 
     dist_url: str = "env://"
-    """Where ranks meet; torchrun sets env://."""
+    """Where ranks meet: env:// (torchrun's or srun's variables), tcp://HOST:PORT of rank 0, or file:///PATH of a
+    new file that all hosts see."""
 
-    dist_backend: str | None = None
-    """Default: nccl on GPUs, gloo on CPUs."""
+    dist_backend: BackendName | None = None
+    """Default: nccl on GPUs, gloo on CPUs. With nccl, gloo carries what lies in host memory."""
 
     no_set_device_rank: bool = False
     """Use device cuda:0 on every rank (when CUDA_VISIBLE_DEVICES shows one GPU to each process)."""
@@ -32,13 +36,14 @@ class DistributedConfig:
     """Make a process group even for one process."""
 
     fsdp_hybrid: bool = False
-    """Shard within a node, replicate over nodes; gather parameters again in the backward pass."""
+    """FSDP: shard within a node, replicate over nodes; gather parameters again in the backward pass."""
 
     fsdp_hybrid_o2: bool = False
-    """As --fsdp-hybrid, but keep gathered parameters until the backward pass (ZeRO-2)."""
+    """As --fsdp-hybrid, but keep gathered parameters from the forward to the backward pass (ZeRO-2)."""
 
     fsdp_cpu_offload: bool = False
-    """Keep parameters, gradients and optimizer state in host memory; the optimizer steps on the CPU."""
+    """FSDP: keep parameters, gradients and optimizer state in host memory; the optimizer steps on the CPU. Works
+    with --accum-freq."""
 
     preset_world_size: int | None = None
-    """Under SLURM: use only the first N tasks; the others end at once."""
+    """Under srun: use only the first N tasks; the others end at once."""

@@ -39,7 +39,7 @@ class LaterConfig:
     fsdp_limit_all_gathers: bool = False
     """Does nothing: FSDP2 bounds its gathered memory by itself."""
     fsdp_checkpoint: bool = False
-    """Does nothing: use --grad-checkpointing."""
+    """Does nothing, as in open_lm: use --grad-checkpointing."""
     distill_model: str | None = None
     """Not yet."""
     distill_pretrained: str | None = None

@@ -27,11 +27,25 @@ def on_first_rank(function: Callable[[], T]) -> T | None:
     return result
 
 
+def whole(tensor: DTensor) -> Tensor:
+    """All of a sharded tensor, on every rank, on the mesh's device: shards in host memory travel from there."""
+    device_mesh, local = tensor.device_mesh, tensor.to_local()
+    moved = DTensor.from_local(
+        local.to(device_mesh.device_type),
+        device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return moved.full_tensor()
+
+
 def gather(tensor: Tensor) -> Tensor:
     """All of a tensor, sharded or not, on the CPU of rank 0; on other ranks a tensor without elements."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
+        tensor = whole(tensor)
     if this_rank():
         return tensor.new_empty(0)
     tensor = tensor.cpu()
@@ -43,10 +57,10 @@ def gather(tensor: Tensor) -> Tensor:
 def spread_(target: Tensor, source: Tensor | None) -> None:
     """Fills `target`, sharded or not, on all ranks from `source`, which only rank 0 has."""
     if isinstance(target, DTensor):
-        local = target.to_local()
+        local, device = target.to_local(), target.device_mesh.device_type  # offloaded shards are not there
         if source is None:
-            source = torch.empty(target.shape, dtype=local.dtype, device=local.device)
-        source = source.to(device=local.device, dtype=local.dtype)
+            source = torch.empty(target.shape, dtype=local.dtype, device=device)
+        source = source.to(device=device, dtype=local.dtype)
         local.copy_(distribute_tensor(source, target.device_mesh, target.placements).to_local())
         return
     if source is not None:

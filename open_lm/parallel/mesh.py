@@ -2,16 +2,24 @@
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from open_lm.config.distributed import DistributedConfig
+from open_lm.parallel.launch import Ranks, find_ranks
 
 T = TypeVar("T")
+
+
+# What each --dist-backend makes: gloo carries what lies in host memory in any case.
+BACKENDS = {"nccl": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
+JOIN_SECONDS = 600  # the longest that the first rank to come waits for the last
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,10 @@ class World:
     world_size: int
     device: torch.device
     mesh: DeviceMesh | None
-    """One axis, `shard`, over all ranks; None without a process group."""
+    """One axis, `shard`, over all ranks; with --fsdp-hybrid on several hosts (`replicate`, `shard`): hosts and
+    the ranks of each. None without a process group."""
+    notes: tuple[str, ...] = ()
+    """What the user should hear of how the ranks were found."""
 
     @property
     def is_first(self) -> bool:
@@ -32,24 +43,28 @@ class World:
 
 
 def start(config: DistributedConfig) -> World:
-    """Join torchrun's ranks (RANK, WORLD_SIZE, LOCAL_RANK): nccl on GPUs, gloo on CPUs.
+    """Join the ranks of torchrun or srun: nccl on GPUs, gloo on CPUs.
 
-    One process makes a group only for --fsdp or --force-distributed, and then needs no port.
-    Raises ValueError if WORLD_SIZE promises ranks that the environment does not describe.
+    One process makes a group only for --fsdp or --force-distributed, and then needs no port. Raises ValueError
+    on flags that do not fit the environment, ConnectionError if not all ranks are there in JOIN_SECONDS.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1 and "RANK" not in os.environ:
-        raise ValueError(f"WORLD_SIZE={world_size}, but RANK is not set: launch with torchrun")
-    rank = int(os.environ.get("RANK", "0")) if world_size > 1 else 0
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(local_rank, config.no_set_device_rank)
+    ranks = find_ranks(config)
+    device = _device(ranks.local_rank, config.no_set_device_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    notes = [ranks.note] if ranks.note else []
     mesh = None
-    if world_size > 1 or config.force_distributed or config.fsdp:
-        _init_group(config, rank, world_size, device)
-        mesh = init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    return World(rank, local_rank, world_size, device, mesh)
+    if ranks.world_size > 1 or config.force_distributed or config.fsdp:
+        axes = _axes(config, ranks)
+        _init_group(config, ranks, device)
+        mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        if hybrid := _hybrid_flag(config):
+            nodes = axes.get("replicate")
+            over = f"replicated over {nodes} nodes" if nodes else "nothing replicated: there is one node"
+            notes.append(f"{hybrid}: sharded over {axes['shard']} ranks, {over}")
+    if config.fsdp_cpu_offload and device.type == "cpu":
+        notes.append("--fsdp-cpu-offload does nothing: there is no GPU to take memory from")
+    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes))
 
 
 def _device(local_rank: int, no_set_device_rank: bool) -> torch.device:
@@ -58,22 +73,75 @@ def _device(local_rank: int, no_set_device_rank: bool) -> torch.device:
     index = 0 if no_set_device_rank else local_rank
     if index >= torch.cuda.device_count():
         raise ValueError(
-            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: "
-            "lower --nproc-per-node, or give --no-set-device-rank if each process sees only its own GPU"
+            f"LOCAL_RANK={local_rank}, but this host shows {torch.cuda.device_count()} GPUs: start fewer ranks on "
+            "it, or give --no-set-device-rank if each process sees only its own GPU"
         )
     return torch.device("cuda", index)
 
 
-def _init_group(config: DistributedConfig, rank: int, world_size: int, device: torch.device) -> None:
-    default = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _hybrid_flag(config: DistributedConfig) -> str | None:
+    if config.fsdp_hybrid_o2:
+        return "--fsdp-hybrid-o2"
+    return "--fsdp-hybrid" if config.fsdp_hybrid else None
+
+
+def _axes(config: DistributedConfig, ranks: Ranks) -> dict[str, int]:
+    """The mesh's axes and their sizes. Raises ValueError where --fsdp-hybrid cannot tell one host from another."""
+    flag = _hybrid_flag(config)
+    if flag is None:
+        return {"shard": ranks.world_size}
+    each = ranks.local_world_size
+    if each is None or ranks.world_size % each:
+        raise ValueError(
+            f"{flag} shards within a node, but the {ranks.world_size} ranks are not equally many on all nodes, or "
+            "neither LOCAL_WORLD_SIZE nor SLURM_STEP_TASKS_PER_NODE says how many: launch with torchrun or srun"
+        )
+    if ranks.rank % each != ranks.local_rank:
+        raise ValueError(
+            f"{flag} shards within a node, but rank {ranks.rank} is number {ranks.local_rank} of the {each} ranks "
+            "on its node: a node's ranks must follow each other (srun --distribution=block)"
+        )
+    if each == ranks.world_size:
+        return {"shard": ranks.world_size}
+    return {"replicate": ranks.world_size // each, "shard": each}
+
+
+def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -> None:
+    name = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
+    if name not in BACKENDS:
+        raise ValueError(f"--dist-backend {name}: expected {' or '.join(BACKENDS)}")
+    if name == "nccl" and device.type != "cuda":
+        raise ValueError("--dist-backend nccl, but there is no GPU: use gloo, or leave it out")
     dist.init_process_group(
-        config.dist_backend or default,
-        init_method=config.dist_url if world_size > 1 else None,
-        store=dist.HashStore() if world_size == 1 else None,
-        rank=rank,
-        world_size=world_size,
-        device_id=device if device.type == "cuda" else None,
+        BACKENDS[name],
+        store=dist.HashStore() if ranks.world_size == 1 else _meet(ranks),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device_id=device if name == "nccl" else None,
     )
+
+
+def _meet(ranks: Ranks) -> dist.Store:
+    """The store that all ranks share, once all are there. Raises ConnectionError after JOIN_SECONDS."""
+    patience = timedelta(seconds=JOIN_SECONDS)
+    try:
+        store, _, _ = next(rendezvous(ranks.url, ranks.rank, ranks.world_size, timeout=patience))
+        if ranks.rank:
+            store.set(f"open_lm/rank {ranks.rank}", "here")
+            store.wait(["open_lm/all"], patience)
+        else:
+            store.wait([f"open_lm/rank {rank}" for rank in range(1, ranks.world_size)], patience)
+            store.set("open_lm/all", "here")
+    except (RuntimeError, ValueError) as error:
+        where = ranks.url
+        if where.startswith("env://"):
+            address, port = (os.environ.get(name, "(not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+            where = f"MASTER_ADDR={address} MASTER_PORT={port}"
+        raise ConnectionError(
+            f"the {ranks.world_size} ranks did not meet at {where}: is that the address of rank 0's host, is the "
+            f"port free, was every rank started? ({(str(error) or type(error).__name__).splitlines()[0]})"
+        ) from error
+    return store
 
 
 def stop() -> None:

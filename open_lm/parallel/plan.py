@@ -6,7 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from open_lm.config.distributed import DistributedConfig
@@ -37,7 +43,11 @@ def parallelize(
     whole; without, the whole model is. The numbers depend on `seed` alone. Raises ValueError on flags that
     contradict each other.
     """
-    policy = _mixed_precision(distributed, precision)
+    sharding: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": _mixed_precision(distributed, precision),
+        "offload_policy": _offload(distributed, world.device),
+    }
     model = build(config)
     model.grad_checkpointing = grad_checkpointing
     model.compiled_loss = torchcompile
@@ -52,7 +62,7 @@ def parallelize(
             # not block.compile(): FSDP's hooks must stay outside of the graph
             block.forward = torch.compile(block.forward)
         if distributed.fsdp:
-            fully_shard(block, mesh=world.mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(block, reshard_after_forward=not distributed.fsdp_hybrid_o2, **sharding)
     if meta:
         for name, child in model.named_children():
             if child is not model.layers:
@@ -61,7 +71,7 @@ def parallelize(
     assert not any(p.is_meta for p in model.parameters())
 
     if distributed.fsdp:
-        fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        fully_shard(model, **sharding)
         return model
     if precision == "fp16":
         for unit in (*model.layers, *(child for child in model.children() if child is not model.layers)):
@@ -97,6 +107,12 @@ def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -
     if distributed.fsdp_pure_bf16:
         return MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, cast_forward_inputs=False)
     return MixedPrecisionPolicy()
+
+
+def _offload(distributed: DistributedConfig, device: torch.device) -> OffloadPolicy:
+    """Where shards, their gradients and so the optimizer's moments lie: in pinned host memory, or on `device`."""
+    offload = distributed.fsdp_cpu_offload and device.type != "cpu"
+    return CPUOffloadPolicy() if offload else OffloadPolicy()
 
 
 def _materialize_(

@@ -1,5 +1,6 @@
 """On GPUs: NCCL, sharding, checkpoints and precisions give what a CPU gives."""
 
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.config.optim import OptimConfig
-from open_lm.parallel import mesh, plan
+from open_lm.parallel import gather, mesh, plan
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,22 +37,27 @@ def make(world, distributed=PLAIN, precision="fp32", **options):
     return model, optim.make_optimizer(model, OptimConfig(lr=1e-3, eps=1e-6))
 
 
-def train(world, model, optimizer, steps=3, precision="fp32"):
+def train(world, model, optimizer, steps=3, precision="fp32", accumulate=1):
     """[(loss, gradient norm)] of each step."""
     results = []
     for step in range(steps):
         tokens = torch.randint(0, 128, (4, 33), generator=torch.Generator().manual_seed(step))
         mine = tokens[world.rank :: world.world_size].to(world.device)
-        with plan.autocast(precision, world.device):
-            output = model(mine[:, :-1])
-        result = loss.cross_entropy(output.logits_BSV, mine[:, 1:])
-        (result.nll_sum / (4 * 32) * world.world_size).backward()
+        total = torch.zeros((), device=world.device)
+        for i, part in enumerate(mine.chunk(accumulate)):
+            with plan.no_sync(model, i < accumulate - 1), plan.autocast(precision, world.device):
+                result = loss.cross_entropy(model(part[:, :-1]).logits_BSV, part[:, 1:])
+                (result.nll_sum / (4 * 32) * world.world_size).backward()
+            total += result.nll_sum.detach()
+        optim.scale_gradients_(model.parameters(), 0.5)
+        optim.scale_gradients_(model.parameters(), 2.0)
         norm = optim.grad_norm(model.parameters())
         optim.clip_(model.parameters(), norm, 0.5)
-        assert optim.is_finite(norm)
-        optimizer.step()
+        finite = optim.is_finite(total, norm)
+        assert finite
+        optim.update_(optimizer, finite)
         optimizer.zero_grad()
-        total = mesh.sum_over_ranks_(result.nll_sum.detach().clone())
+        mesh.sum_over_ranks_(total)
         results.append((total.item() / (4 * 32), norm.item()))
     return results
 
@@ -61,7 +67,7 @@ def contents(model, optimizer):
     for name, p in plan.unwrap(model).named_parameters():
         tensors[name] = p.detach()
         tensors |= {f"{name} {key}": value for key, value in optimizer.state[p].items()}
-    whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in tensors.items()}
+    whole = {n: gather.whole(t) if isinstance(t, DTensor) else t for n, t in tensors.items()}
     return {n: t.float().cpu().numpy().tobytes() for n, t in whole.items()}
 
 
@@ -120,6 +126,118 @@ def test_two_gpus_equal_one(spawn, tmp_path):
     (one,) = spawn(1, everything, Path(tmp_path, "one"), timeout=400)
     for results in spawn(2, everything, Path(tmp_path, "two"), timeout=400):
         assert_near(results, one["plain", "fp32"])
+
+
+def offloaded(folder, backend):
+    """[(loss, gradient norm)] with and without --fsdp-cpu-offload, of accumulated steps; then of one more."""
+    warnings.simplefilter("error")
+    flags = replace(FSDP, dist_backend=backend, no_set_device_rank=backend == "gloo")
+    offload = replace(flags, fsdp_cpu_offload=True)
+    world = mesh.start(offload)
+    assert world.notes == ()
+    results = {"kept": train(world, *make(world, flags), accumulate=2)}
+
+    model, optimizer = make(world, offload)
+    results["offloaded"] = train(world, model, optimizer, accumulate=2)
+    state = [value for p in model.parameters() for value in (p, *optimizer.state[p].values())]
+    assert all(tensor.device.type == "cpu" for tensor in state)
+    assert all(p.to_local().is_pinned() for p in model.parameters())
+    tokens = torch.randint(0, 128, (2, 32), generator=torch.Generator().manual_seed(9)).to(world.device)
+    with torch.no_grad():
+        before = model(tokens).logits_BSV
+    plan.reshard_(model)
+    expected = contents(model, optimizer)
+    for p in model.parameters():  # a step that is skipped, as the flag on the GPU says
+        p.grad = torch.full_like(p, float("nan"))
+    optim.update_(optimizer, optim.is_finite(optim.grad_norm(model.parameters())))
+    optimizer.zero_grad()
+    assert contents(model, optimizer) == expected
+    path = checkpoint.save(folder, 1, model=model, optimizer=optimizer, state={"step": 3})
+    for kind, distributed in (("kept", flags), ("offloaded", offload)):
+        again, again_optimizer = make(world, distributed)
+        checkpoint.load_training_state(path, again, again_optimizer)
+        assert contents(again, again_optimizer) == expected
+        with torch.no_grad():
+            torch.testing.assert_close(again(tokens).logits_BSV, before)
+        plan.reshard_(again)
+        results["resumed", kind] = train(world, again, again_optimizer, 1)
+    mesh.stop()
+    return results
+
+
+@pytest.mark.parametrize(("ranks", "backend"), [(1, None), (1, "nccl"), (2, "gloo")])
+def test_offloaded_training_equals_training_on_the_gpu(spawn, tmp_path, ranks, backend):
+    """Two ranks share the one GPU, which nccl refuses and gloo does not."""
+    for results in spawn(ranks, offloaded, tmp_path, backend, timeout=400):
+        for name in ("offloaded", ("resumed", "offloaded")):
+            reference = results["kept" if name == "offloaded" else ("resumed", "kept")]
+            torch.testing.assert_close(
+                torch.tensor(results[name]), torch.tensor(reference), rtol=1e-4, atol=0
+            )
+
+
+def through_gloo(distributed):
+    warnings.simplefilter("error")
+    world = mesh.start(replace(distributed, dist_backend="gloo", no_set_device_rank=True))
+    assert world.device == torch.device("cuda:0")
+    results = train(world, *make(world, distributed))
+    on_host = mesh.sum_over_ranks_(torch.ones(()))
+    mesh.stop()
+    return results, on_host.item()
+
+
+@pytest.mark.parametrize("distributed", [PLAIN, FSDP], ids=["ddp", "fsdp"])
+def test_gloo_on_a_gpu(spawn, distributed):
+    (alone, _), *_ = spawn(1, through_gloo, PLAIN, timeout=400)
+    for results, on_host in spawn(2, through_gloo, distributed, timeout=400):
+        torch.testing.assert_close(torch.tensor(results), torch.tensor(alone), rtol=1e-4, atol=0)
+        assert on_host == 2
+
+
+def host_tensors(backend):
+    world = mesh.start(replace(PLAIN, dist_backend=backend, force_distributed=True))
+    sums = [mesh.sum_over_ranks_(torch.ones((), device=device)).item() for device in ("cpu", world.device)]
+    mesh.stop()
+    return sums
+
+
+@pytest.mark.parametrize("backend", [None, "nccl"])
+def test_nccl_leaves_host_memory_to_gloo(spawn, backend):
+    assert spawn(1, host_tensors, backend) == [[1, 1]]
+
+
+def hybrid(folder, flag):
+    warnings.simplefilter("error")
+    each = torch.cuda.device_count() // 2
+    os.environ["LOCAL_WORLD_SIZE"] = str(each)
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = str(rank % each)
+    # one host plays two: all its GPUs are used, though LOCAL_RANK says otherwise
+    mesh._device = lambda *_: torch.device("cuda", rank)
+    distributed = replace(FSDP, **{flag: True})
+    world = mesh.start(distributed)
+    assert world.mesh.mesh_dim_names == ("replicate", "shard")
+    model, optimizer = make(world, distributed)
+    results = train(world, model, optimizer)
+    path = checkpoint.save(folder, 1, model=model, optimizer=optimizer, state={"step": 3})
+    expected = contents(model, optimizer)
+    for layout in (distributed, FSDP, replace(distributed, fsdp_cpu_offload=True)):
+        again, again_optimizer = make(world, layout)
+        checkpoint.load_training_state(path, again, again_optimizer)
+        assert contents(again, again_optimizer) == expected
+        results += train(world, again, again_optimizer, 1)
+    mesh.stop()
+    return results
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() not in (2, 4), reason="needs two or four CUDA devices")
+@pytest.mark.parametrize("flag", ["fsdp_hybrid", "fsdp_hybrid_o2"])
+def test_two_hosts_equal_one_gpu(spawn, tmp_path, flag):
+    (one,) = spawn(1, everything, Path(tmp_path, "one"), timeout=400)
+    reference = one["plain", "fp32"] + 3 * one["resumed", "plain"]
+    for results in spawn(torch.cuda.device_count(), hybrid, Path(tmp_path, "many"), flag, timeout=400):
+        torch.testing.assert_close(torch.tensor(results), torch.tensor(reference), rtol=1e-4, atol=0)
 
 
 def test_loss_equals_torch():

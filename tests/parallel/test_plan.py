@@ -1,14 +1,16 @@
 """One process, DDP and FSDP compute the same: gradients, norms and parameters after a few steps."""
 
 import contextlib
+import functools
+import os
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from open_lm import loss, optim
+from open_lm import checkpoint, loss, optim
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
@@ -54,9 +56,9 @@ def whole(tensor):
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).float().clone().numpy()
 
 
-def batch(step):
-    """A batch of 4 sequences, of which the ranks and micro-batches have unequal numbers of tokens."""
-    tokens = torch.randint(0, 64, (4, 17), generator=torch.Generator().manual_seed(step))
+def batch(step, sequences=4):
+    """Sequences of which the ranks and micro-batches have unequal numbers of tokens."""
+    tokens = torch.randint(0, 64, (sequences, 17), generator=torch.Generator().manual_seed(step))
     targets = tokens[:, 1:].clone()
     targets[0, :9] = -100
     return tokens[:, :-1], targets
@@ -72,19 +74,23 @@ def train(
     precision="fp32",
     balance=0.1,
     always_sync=False,
+    sequences=4,
+    stepper=None,
 ):
     """(losses, gradient norms, gradients of the first step, parameters after the last step)."""
     parameters = list(model.parameters())
-    if optimizer == "adamw":
+    if stepper is not None:
+        pass
+    elif optimizer == "adamw":
         stepper = optim.make_optimizer(model, OptimConfig(lr=1e-3, eps=1e-6, wd=0.1))
     else:
         stepper = torch.optim.SGD(parameters, lr=0.1)
     named = dict(plan.unwrap(model).named_parameters())
     losses, norms, gradients = [], [], {}
     for step in range(steps):
-        tokens, targets = batch(step)
+        tokens, targets = batch(step, sequences)
         n = (targets != -100).sum()
-        mine = slice(world.rank * 4 // world.world_size, (world.rank + 1) * 4 // world.world_size)
+        mine = slice(*((rank * sequences) // world.world_size for rank in (world.rank, world.rank + 1)))
         micro = list(zip(tokens[mine].chunk(accumulate), targets[mine].chunk(accumulate), strict=True))
         total = torch.zeros(())
         for i, (x, y) in enumerate(micro):
@@ -137,6 +143,152 @@ def on_two_ranks():
     static = replace(PLAIN, ddp_static_graph=True)
     results["static"] = train(make(SPARSE, world, static), world)
     return results if world.is_first else None
+
+
+HYBRIDS = {"fsdp_hybrid": SPARSE, "fsdp_hybrid_o2": MODELS["tied"]}
+
+
+def on_two_hosts(folder):
+    """Four ranks as 2 hosts with 2 each: what `on_these_hosts` gives, by flag."""
+    warnings.simplefilter("error")
+    os.environ |= {"LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(int(os.environ["RANK"]) % 2)}
+    world = mesh.start(replace(FSDP, fsdp_hybrid=True))
+    return {flag: on_these_hosts(world, folder / flag, flag) for flag in HYBRIDS}
+
+
+def on_these_hosts(world, folder, flag):
+    """{kind: result of train}; a checkpoint in `folder` on the way."""
+    distributed, config = replace(FSDP, **{flag: True}), HYBRIDS[flag]
+    assert world.mesh.mesh_dim_names == ("replicate", "shard")
+    assert world.notes == ("--fsdp-hybrid: sharded over 2 ranks, replicated over 2 nodes",)
+    assert world.mesh.mesh.tolist() == [[0, 1], [2, 3]]
+    results = {}
+
+    model = make(config, world, distributed)
+    assert all(p.placements == (Replicate(), Shard(0)) for p in model.parameters())
+    results["initial"] = {name: whole(p) for name, p in model.named_parameters()}
+    results["plain"] = train(model, world, sequences=8)
+    model = make(config, world, distributed)
+    optimizer = optim.make_optimizer(model, OptimConfig(lr=1e-3, eps=1e-6, wd=0.1))
+    results["accumulated"] = train(model, world, accumulate=2, sequences=8, stepper=optimizer)
+    path = checkpoint.save(folder, 1, model=model, optimizer=optimizer, state={"step": 3})
+
+    again = make(config, world, distributed)
+    optimizer = optim.make_optimizer(again, OptimConfig(lr=1e-3, eps=1e-6, wd=0.1))
+    checkpoint.load_training_state(path, again, optimizer)
+    loaded = {name: whole(p) for name, p in again.named_parameters()}
+    assert all((loaded[name] == results["accumulated"][3][name]).all() for name in loaded)
+    with torch.no_grad():
+        mine = again(batch(9)[0][world.rank : world.rank + 1]).logits_BSV
+    plan.reshard_(again)
+    results["evaluated"] = mine.numpy()
+    results["resumed"] = train(again, world, steps=1, sequences=8, stepper=optimizer)
+
+    again(batch(0)[0]).logits_BSV.sum().backward()
+    again(batch(0)[0])
+    results["sharded after forward"] = isinstance(again.layers[0].attention.in_proj.weight, DTensor)
+    return results
+
+
+@pytest.mark.slow
+def test_two_hosts_equal_one_process(spawn, tmp_path):
+    ranks = spawn(4, on_two_hosts, tmp_path)
+    for flag, config in HYBRIDS.items():
+        check_hosts(flag, config, [rank[flag] for rank in ranks], tmp_path / flag)
+
+
+def check_hosts(flag, config, ranks, folder):
+    ours = ranks[0]
+    expected = Transformer(config)
+    initialize_(expected, config, seed=1)
+    for name, value in expected.named_parameters():
+        assert (ours["initial"][name] == value.detach().numpy()).all(), name
+    assert_same(ours["plain"], train(make(config), ALONE, accumulate=4, sequences=8))
+    model = make(config)
+    optimizer = optim.make_optimizer(model, OptimConfig(lr=1e-3, eps=1e-6, wd=0.1))
+    reference = train(model, ALONE, accumulate=8, sequences=8, stepper=optimizer)
+    for result in ranks:
+        assert_same(result["accumulated"], reference)
+
+    # one process continues from what the four saved
+    state = checkpoint.load_training_state(folder / "epoch_1.pt", model, optimizer)
+    assert state["step"] == 3
+    for name, p in model.named_parameters():
+        assert (whole(p) == ours["accumulated"][3][name]).all(), name
+    with torch.no_grad():
+        logits = model(batch(9)[0]).logits_BSV
+    for rank, result in enumerate(ranks):
+        got = torch.from_numpy(result["evaluated"])
+        torch.testing.assert_close(got, logits[rank : rank + 1], rtol=1e-5, atol=1e-5)
+    reference = train(model, ALONE, accumulate=4, steps=1, sequences=8, stepper=optimizer)
+    assert_same(ours["resumed"], reference)
+    assert ours["sharded after forward"] == (flag == "fsdp_hybrid")
+
+
+def compiled_on_two_ranks():
+    world = mesh.start(FSDP)
+    plan.torch.compile = functools.partial(torch.compile, backend="aot_eager")  # no C++ compiler needed
+    results = {}
+    for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+        for recompute in (False, True):
+            model = make(SPARSE, world, distributed, torchcompile=True, grad_checkpointing=recompute)
+            results[kind, recompute] = train(model, world)
+    return results
+
+
+@pytest.mark.slow
+def test_compiled_blocks_on_two_ranks_equal_one_process(spawn, references):
+    for result in spawn(2, compiled_on_two_ranks, timeout=240)[0].values():
+        assert_same(result, references["moe", "adamw"])
+
+
+def forward_and_backward(model):
+    """(output, gradients, bytes that the forward pass keeps for the backward pass)."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x, y = batch(0)
+    local = (p.to_local() if isinstance(p, DTensor) else p for p in model.parameters())
+    weights = {p.untyped_storage().data_ptr() for p in local}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(x)
+        value = loss.cross_entropy(output.logits_BSV, y).nll_sum
+    value = value + sum(stats.balance_loss for stats in output.router_stats)
+    kept_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
+    value.backward()
+    return output, {name: whole(p.grad) for name, p in model.named_parameters()}, kept_bytes
+
+
+@pytest.mark.parametrize("distributed", [PLAIN, FSDP], ids=["plain", "fsdp"])
+def test_recomputation_changes_memory_alone(distributed, group_of_one):
+    config = replace(SPARSE, n_layers=4)
+    results = [
+        forward_and_backward(make(config, group_of_one, distributed, grad_checkpointing=recompute))
+        for recompute in (False, True)
+    ]
+    (kept, gradients, kept_bytes), (recomputed, gradients_again, bytes_again) = results
+    assert torch.equal(kept.logits_BSV, recomputed.logits_BSV)
+    for before, after in zip(kept.router_stats, recomputed.router_stats, strict=True):
+        for field, value in before._asdict().items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(getattr(after, field))), field
+    for name in gradients:
+        assert (gradients[name] == gradients_again[name]).all(), name
+    assert bytes_again < 0.5 * kept_bytes, (bytes_again, kept_bytes)
+
+
+def test_fsdp_gathers_the_next_block_during_a_backward(group_of_one):
+    """What the warning of --fsdp-backward-prefetch says."""
+    model = make(replace(DENSE, n_layers=3), group_of_one, FSDP)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiled:
+        model(batch(0)[0]).logits_BSV.sum().backward()
+    events = sorted(profiled.events(), key=lambda event: event.time_range.start)
+    order = [event.name.removeprefix("FSDP::") for event in events if event.name.startswith("FSDP::")]
+    for layer in (1, 2):
+        gathered = order.index(f"backward_prefetch for layers.{layer - 1}")
+        assert gathered < order.index(f"post_backward_reduce (layers.{layer})")
 
 
 @pytest.fixture(scope="module")
@@ -250,15 +402,62 @@ def test_fp16_is_a_forward_on_fp16_casts_of_fp32_weights(group_of_one):
             assert (whole(other.get_parameter(name).grad) == p.grad.numpy()).all(), name
 
 
-@pytest.mark.parametrize("flags", [{"fsdp_amp": True}, {"fsdp_pure_bf16": True}])
-def test_fsdp_in_bf16_keeps_fp32_weights(flags, group_of_one):
+def dtypes_on_two_ranks():
+    """{flag: what was seen of its dtypes}."""
+    world = mesh.start(FSDP)
+    seen = {}
+    for flag in ("fsdp_amp", "fsdp_pure_bf16"):
+        model = make(SPARSE, world, replace(FSDP, **{flag: True}))
+        optimizer = optim.make_optimizer(model, OptimConfig())
+        gathered = set()
+        for block in model.layers:
+            for part in (block.attention, block.feed_forward):
+                part.register_forward_hook(
+                    lambda module, *_, into=gathered: into.update(p.dtype for p in module.parameters())
+                )
+        x, y = (part[2 * world.rank : 2 * world.rank + 2] for part in batch(0))
+        logits = model(x).logits_BSV
+        loss.cross_entropy(logits, y).nll_sum.backward()
+        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        optimizer.step()
+        seen[flag] = {
+            "logits": logits.dtype,
+            "gathered": gathered,
+            "kept": {p.dtype for p in model.parameters()} | {p.grad.dtype for p in model.parameters()},
+            "moments": {
+                optimizer.state[p][k].dtype for p in model.parameters() for k in ("exp_avg", "exp_avg_sq")
+            },
+            "gradients": gradients,
+            "weights": {name: whole(p) for name, p in model.named_parameters()},
+        }
+    return seen
+
+
+def share_in_bf16(values):
+    """Of all numbers, the share that bf16 holds exactly."""
+    flat = torch.cat([torch.from_numpy(v).flatten() for v in values.values()])
+    return (flat.bfloat16().float() == flat).float().mean().item()
+
+
+def test_fsdp_in_bf16_keeps_fp32_weights(spawn):
+    seen, _ = spawn(2, dtypes_on_two_ranks)
+    for flag in ("fsdp_amp", "fsdp_pure_bf16"):
+        assert seen[flag]["logits"] == torch.bfloat16
+        assert seen[flag]["gathered"] == {torch.bfloat16}
+        assert seen[flag]["kept"] == seen[flag]["moments"] == {torch.float32}
+        assert share_in_bf16(seen[flag]["weights"]) < 0.1  # an update is smaller than bf16 sees
+    # the mean of two bf16 gradients, in fp32 and rounded
+    assert share_in_bf16(seen["fsdp_amp"]["gradients"]) < 0.9
+    assert share_in_bf16(seen["fsdp_pure_bf16"]["gradients"]) == 1
+
+
+def test_fsdp_amp_accumulates_in_fp32(group_of_one):
+    model = make(SPARSE, group_of_one, replace(FSDP, fsdp_amp=True))
     x, y = batch(0)
-    model = make(SPARSE, group_of_one, replace(FSDP, **flags), "fp32")
-    logits = model(x).logits_BSV
-    assert logits.dtype == torch.bfloat16
-    loss.cross_entropy(logits, y).nll_sum.backward()
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    for part in (slice(0, 2), slice(2, 4)):
+        with plan.no_sync(model, part.start == 0):
+            loss.cross_entropy(model(x[part]).logits_BSV, y[part]).nll_sum.backward()
+    assert share_in_bf16({name: whole(p.grad) for name, p in model.named_parameters()}) < 0.9
 
 
 @pytest.mark.parametrize("precision", ["bf16", "amp", "amp_bf16", "fp16"])
