@@ -150,7 +150,9 @@ def test_bf16_weights_have_an_average_in_fp32() -> None:
 # ---- swapped in and out
 
 
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own
 @pytest.mark.parametrize("compiled", [False, True])
+@torch.no_grad()
 def test_averaged_weights_compute_and_own_come_back(compiled) -> None:
     model, other = make(), make(seed=2)
     if compiled:
@@ -160,9 +162,8 @@ def test_averaged_weights_compute_and_own_come_back(compiled) -> None:
     steps(model, [average], 3)
     own, tokens = whole(model.named_parameters()), batch_of().tokens_BS
     before = model(tokens).logits_BSV
-    with torch.no_grad():
-        for name, parameter in other.named_parameters():
-            parameter.copy_(average.weights[name])
+    for name, parameter in other.named_parameters():
+        parameter.copy_(average.weights[name])
 
     def fail() -> None:
         with averaged(model, average):

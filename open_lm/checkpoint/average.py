@@ -19,17 +19,12 @@ from open_lm.parallel.plan import reshard_, unwrap
 
 def gather_weights(bare: Transformer, average: Average | None = None) -> dict[str, Tensor]:
     """The whole state dict on rank 0, of the weights or of their average. Collective."""
-    sources: dict[int, Tensor] = {}
+    held = bare.state_dict(keep_vars=True)
+    sources = {id(tensor): tensor for tensor in held.values()}  # tied weights are gathered, and stored, once
     if average is not None:
-        sources = {id(p): average.weights[name] for name, p in average.parameters.items()}
-    once: dict[int, Tensor] = {}  # tied weights are gathered, and stored, once
-    weights = {}
-    for name, tensor in bare.state_dict(keep_vars=True).items():
-        key = id(tensor)
-        if key not in once:
-            once[key] = gather(sources.get(key, tensor))
-        weights[name] = once[key]
-    return weights
+        sources |= {id(p): average.weights[name] for name, p in average.parameters.items()}
+    whole = {key: gather(tensor) for key, tensor in sources.items()}
+    return {name: whole[id(tensor)] for name, tensor in held.items()}
 
 
 def saved_average(bare: Transformer, average: Average) -> dict[str, Any]:

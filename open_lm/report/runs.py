@@ -90,6 +90,8 @@ def read_run(folder: Path) -> Run:
     for r in results:
         if not r.keys() >= EVALUATION_KEYS:  # a line of another kind, or of another program
             continue
+        if "soup" in r or not Path(r.get("checkpoint_path", "epoch_")).name.startswith("epoch_"):
+            continue  # not the run's own weights, but a sum of checkpoints, or an average's file
         one = Evaluation(r["step"], r["tokens"], r["val_data"], r["valid/loss"], r["valid/tokens"])
         found[one.step, one.entry] = one
     return Run(facts.get("name", folder.name), facts, training, sorted(found.values(), key=lambda e: e.step))
