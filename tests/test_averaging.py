@@ -23,6 +23,7 @@ from open_lm.config.moe import MoEConfig
 from open_lm.data.loader import Batch
 from open_lm.main import main
 from open_lm.parallel import mesh, plan
+from open_lm.report.runs import read_run
 
 TIED = ModelConfig(
     dim=32, n_layers=2, n_heads=2, seq_len=16, vocab_size=64, weight_tying=True,
@@ -193,9 +194,17 @@ def test_averaged_loss_is_the_mean_over_tokens() -> None:
 # ---- several ranks
 
 
-def on_ranks(layout: str, folder: str) -> tuple:
-    """(Averages, loss of one) after training that is the same in every layout; saves a checkpoint."""
-    world = mesh.start(LAYOUTS[layout])
+def on_ranks(folder: str) -> dict[str, tuple]:
+    """Of each layout: averages, loss of one, logits after it; saves a checkpoint."""
+    world = mesh.start(DistributedConfig())
+    return {
+        layout: average_in(world, layout, f"{folder}/{layout}")
+        for layout in LAYOUTS
+        if layout == "ddp" or world.mesh
+    }
+
+
+def average_in(world: mesh.World, layout: str, folder: str) -> tuple:
     model = make(world, LAYOUTS[layout])
     optimizer = torch.optim.AdamW(model.parameters())
     averages = averages_of(model, "ema_0.9,poly_1_2")
@@ -212,37 +221,41 @@ def on_ranks(layout: str, folder: str) -> tuple:
     return [{n: t.numpy() for n, t in whole(a.weights).items()} for a in averages], loss, logits.numpy()
 
 
-def load_on_ranks(layout: str, path: str, folder: str) -> None:
-    model = make(mesh.start(LAYOUTS[layout]), LAYOUTS[layout], seed=2)
-    averages = averages_of(model, "ema_0.9,poly_1_2")
-    assert checkpoint.load_averages(path, averages, model) == []
-    optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save(folder, 1, model=model, optimizer=optimizer, state={"step": 5}, averages=averages)
-    checkpoint.load_soup([path, f"{folder}/epoch_1.pt", f"{folder}/poly_1_2_1.pt"], [0.5, 2, -1], model)
-    checkpoint.save(folder, 2, model=model, optimizer=optimizer, state={"step": 6})
+def load_on_ranks(path: str, folder: str) -> None:
+    world = mesh.start(DistributedConfig())
+    for layout, distributed in LAYOUTS.items():
+        model, into = make(world, distributed, seed=2), f"{folder}/{layout}"
+        averages = averages_of(model, "ema_0.9,poly_1_2")
+        assert checkpoint.load_averages(path, averages, model) == []
+        optimizer = torch.optim.AdamW(model.parameters())
+        checkpoint.save(into, 1, model=model, optimizer=optimizer, state={"step": 5}, averages=averages)
+        checkpoint.load_soup([path, f"{into}/epoch_1.pt", f"{into}/poly_1_2_1.pt"], [0.5, 2, -1], model)
+        checkpoint.save(into, 2, model=model, optimizer=optimizer, state={"step": 6})
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp"])
-def test_ranks_average_load_and_add_up_as_one_process(spawn, tmp_path, layout) -> None:
-    expected, loss, logits = on_ranks("ddp", str(tmp_path / "one"))
-    for averages, other_loss, other_logits in spawn(2, on_ranks, layout, str(tmp_path / "two")):
-        for ours, theirs in zip(averages, expected, strict=True):
-            assert ours.keys() == theirs.keys()
-            assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-        assert other_loss == pytest.approx(loss, rel=1e-6)
-        np.testing.assert_allclose(other_logits, logits, rtol=1e-4, atol=1e-5)
-    names = ("ema_0.9_1.pt", "poly_1_2_1.pt")
-    saved = {name: read(tmp_path / "one" / name) for name in names}
-    for name in names:
-        assert same(saved[name]["av_model_sd"], read(tmp_path / "two" / name)["av_model_sd"])
+def test_ranks_average_load_and_add_up_as_one_process(spawn, tmp_path) -> None:
+    expected, loss, logits = on_ranks(str(tmp_path / "one"))["ddp"]
+    for rank in spawn(2, on_ranks, str(tmp_path / "two")):
+        for averages, other_loss, other_logits in (rank["ddp"], rank["fsdp"]):
+            for ours, theirs in zip(averages, expected, strict=True):
+                assert ours.keys() == theirs.keys()
+                assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+            assert other_loss == pytest.approx(loss, rel=1e-6)
+            np.testing.assert_allclose(other_logits, logits, rtol=1e-4, atol=1e-5)
     # saved by 2 ranks, loaded by 3, saved again
-    spawn(3, load_on_ranks, layout, str(tmp_path / "two/epoch_1.pt"), str(tmp_path / "three"))
-    for name in names:
-        again = read(tmp_path / "three" / name)
-        assert same(saved[name].pop("av_model_sd"), again.pop("av_model_sd"))
-        assert saved[name] == again
-    parts = [tmp_path / p for p in ("two/epoch_1.pt", "three/epoch_1.pt", "three/poly_1_2_1.pt")]
-    check_soup(read(tmp_path / "three/epoch_2.pt")["state_dict"], parts, [0.5, 2, -1])
+    spawn(3, load_on_ranks, str(tmp_path / "two/fsdp/epoch_1.pt"), str(tmp_path / "three"))
+    for name in ("ema_0.9_1.pt", "poly_1_2_1.pt"):
+        first, *others = (
+            read(tmp_path / f / name) for f in ("one/ddp", "two/ddp", "two/fsdp", "three/ddp", "three/fsdp")
+        )
+        weights = first.pop("av_model_sd")
+        for other in others:
+            assert same(weights, other.pop("av_model_sd"))
+            assert first == other
+    for layout in LAYOUTS:
+        three = tmp_path / "three" / layout
+        parts = [tmp_path / "two/fsdp/epoch_1.pt", three / "epoch_1.pt", three / "poly_1_2_1.pt"]
+        check_soup(read(three / "epoch_2.pt")["state_dict"], parts, [0.5, 2, -1])
 
 
 def read(path: Path) -> dict:
@@ -503,6 +516,7 @@ def test_soups_are_evaluated_and_trained_on(sources, tmp_path, capsys) -> None:
     _, trained, last, middle = lines(folder / "results.jsonl")
     assert last["valid/loss"] == trained["valid/loss"]
     assert middle["valid/loss"] not in (trained["valid/loss"], last["valid/loss"])
+    assert {e.step for e in read_run(tmp_path / "run").evaluations} == {5, 10}  # a sum is not the run's
     assert middle["soup"] == [[str(path), 0.5] for path in paths]
     extra = f"{both} --average-coefficients .3 .8 --lr 0 --max-steps 1"
     command(sources, tmp_path, extra, name="soup")
@@ -520,3 +534,34 @@ def test_soups_are_evaluated_and_trained_on(sources, tmp_path, capsys) -> None:
         message = capsys.readouterr().err
         assert "not of one architecture" in message
         assert expected in message
+
+
+def on_rank(arguments: list[str]) -> None:
+    main(arguments)
+
+
+def test_a_sharded_run_is_that_of_one_process(spawn, sources, tmp_path) -> None:
+    extra = (
+        f"{RUN} --dataset-manifest {sources[0]} --val-data {sources[2]} --lr 1e-3 --eps 1e-6 --accum-freq 2 \
+ --averagers ema_0.8_2,poly --log-avg-model-training-loss 2 --epochs 2 --moe-freq 2 --moe-num-experts 4 \
+ --moe-capacity-factor 0 --moe-loss-weight 0 --logs {tmp_path}"
+    )
+    main(shlex.split(f"{extra} --name one --global-val-batch-size 4"))
+    spawn(2, on_rank, shlex.split(f"{extra} --name two --global-val-batch-size 8 --fsdp"))
+    seen = set()
+    for one, two in zip(*(lines(tmp_path / n / "log.jsonl")[1:] for n in ("one", "two")), strict=True):
+        keys = [key for key in one if key.endswith("loss") and "balancing" not in key]
+        seen |= set(keys)
+        for key in keys:
+            assert two[key] == pytest.approx(one[key], rel=1e-5), key
+    assert {
+        "valid/loss",
+        "valid/ema_0.8_2/loss",
+        "valid/poly/loss",
+        "train/ema_0.8_2_loss",
+        "train/poly_loss",
+    } <= seen
+    for name in ("ema_0.8_2_2.pt", "poly_2.pt"):
+        one, two = (read(tmp_path / n / "checkpoints" / name)["av_model_sd"] for n in ("one", "two"))
+        for key, weights in one.items():
+            torch.testing.assert_close(two[key], weights, rtol=1e-3, atol=1e-5)

@@ -14,11 +14,12 @@ class AveragingConfig:
 
     averagers: str | None = None
     """Averages kept beside the weights, with commas: ema_GAMMA_FREQ, poly_ETA_FREQ (FREQ: steps per update,
-    default 1). Each is evaluated where the weights are, and saved as NAME_N.pt. Without training data: which
-    of them beside --resume to evaluate (`none`: epoch_N.pt itself)."""
+    default 1). Each is evaluated when the weights are, and saved as NAME_N.pt. Without training data: which of
+    them beside --resume to evaluate (`none`: epoch_N.pt itself)."""
 
     log_avg_model_training_loss: int = 0
-    """Every N steps also log each average's loss on that step's batch, train/NAME_loss; 0: never."""
+    """Every N steps also log each average's loss on that step's batch, train/NAME_loss, at the cost of a forward
+    pass each; 0: never."""
 
     average: tuple[str, ...] | None = None
     """Start from, or evaluate, the weighted sum of these checkpoints' weights (a model soup)."""
