@@ -48,7 +48,7 @@ def prepare(
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
-    start_from = mesh.broadcast_object(on_first_rank(lambda: find_soup(run) or find_start(run, folder)))
+    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder) or find_soup(run)))
     averagers = parse_averagers(run.averaging.averagers)
     if start_from is not None and not trains(run):
         on_first_rank(lambda: find_averages(start_from, averagers))
@@ -78,6 +78,10 @@ def prepare(
         train_data.check_enough(schedule.end_step)
         if start_from is not None and run.checkpoint.resume:
             refuse_changed_run(run, train_data.fingerprint(), start_from)
+            dropped = set(checkpoint.saved_averages(Path(start_from))) - {a.name for a in averagers}
+            notes += [
+                f"{start_from} holds the average {n}: without --averagers {n} it ends here" for n in dropped
+            ]
         if run.optim.warmup >= schedule.total_steps and not run.optim.skip_scheduler:
             notes.append(
                 f"--warmup {run.optim.warmup}: --lr {run.optim.lr} is never reached in {schedule.total_steps} steps"

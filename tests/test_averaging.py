@@ -496,6 +496,7 @@ def test_averagers_may_come_and_go(sources, tmp_path, capsys) -> None:
     said = capsys.readouterr().out
     assert f"--averagers poly: {folder}/epoch_1.pt was saved without it" in said
     assert "weights of step 5" in said
+    assert f"{folder}/epoch_1.pt holds the average ema_0.9: without --averagers ema_0.9 it ends here" in said
     for extra, expected in {
         f"--resume {folder}/epoch_2.pt --averagers ema_0.9": "--averagers ema_0.9",
         f"--pretrained {folder}/poly_2.pt --averagers poly": "not named epoch_N.pt",
@@ -524,6 +525,9 @@ def test_soups_are_evaluated_and_trained_on(sources, tmp_path, capsys) -> None:
     out = capsys.readouterr().out
     assert f"weights: 0.3 * {paths[0]} + 0.8 * {paths[1]}" in out
     assert "sum to 1.1, not 1" in out
+    with pytest.raises(SystemExit):
+        command(sources, tmp_path, extra, name="soup")
+    assert "already holds a run" in capsys.readouterr().err
 
     command(sources, tmp_path, "--max-steps 1 --moe-freq 2 --moe-num-experts 2", name="moe")
     command(sources, tmp_path, "--max-steps 1 --model-norm rms_norm", name="rms")

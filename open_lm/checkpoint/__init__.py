@@ -31,6 +31,7 @@ from open_lm.checkpoint.files import (
     read_training_state,
     remove_temporaries,
     replace,
+    saved_averages,
     temporary,
     write,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "read_model_config",
     "read_state",
     "save",
+    "saved_averages",
 ]
 
 

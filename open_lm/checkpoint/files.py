@@ -29,8 +29,16 @@ def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
 
 
 def all_paths(epoch: Path) -> dict[str, Path]:
-    """`paths_of` with the averages that epoch_N.pt says it was saved with. Raises ValueError if unreadable."""
-    return paths_of(epoch, read(epoch).get("averagers", ()))
+    """`paths_of` with the averages that epoch_N.pt was saved with."""
+    return paths_of(epoch, saved_averages(epoch))
+
+
+def saved_averages(epoch: Path) -> tuple[str, ...]:
+    """The names of the averages that epoch_N.pt, or its temporary file, was saved with; none if unreadable."""
+    try:
+        return tuple(read(epoch).get("averagers", ()))
+    except (OSError, ValueError):
+        return ()
 
 
 def temporary(path: Path) -> Path:
@@ -119,7 +127,7 @@ def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[
 
     Raises ValueError if one is missing, of another step, or not written by `save`.
     """
-    paths, files = all_paths(path) if path.exists() else paths_of(path), {}
+    paths, files = all_paths(path), {}
     for part, file in paths.items():
         if not file.exists():
             raise ValueError(
@@ -145,7 +153,7 @@ def latest(folder: Path | str) -> Path | None:
     for number in sorted({int(match[1]) for match in found if match}, reverse=True):
         epoch = folder / f"epoch_{number}.pt"
         _finish_renames(epoch)
-        paths = paths_of(epoch, _averagers(epoch))
+        paths = all_paths(epoch)
         steps = {path.name: _step(path) for path in paths.values()}
         if None not in steps.values() and len(set(steps.values())) == 1:
             return paths["epoch"]
@@ -159,7 +167,7 @@ def latest(folder: Path | str) -> Path | None:
 
 def _finish_renames(epoch: Path) -> None:
     """Completes a save that was killed after everything was written."""
-    paths = paths_of(epoch, _averagers(temporary(epoch)))  # renamed last: while others wait, it does
+    paths = paths_of(epoch, saved_averages(temporary(epoch)))  # renamed last: while others wait, it does
     waiting = [part for part in paths if temporary(paths[part]).exists()]
     files = [temporary(paths[part]) if part in waiting else paths[part] for part in paths]
     steps = {_step(file) for file in files}
@@ -167,14 +175,6 @@ def _finish_renames(epoch: Path) -> None:
         for part in waiting:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 os.replace(temporary(paths[part]), paths[part])
-
-
-def _averagers(epoch: Path) -> Iterable[str]:
-    """The averages that an epoch_N.pt, or its temporary file, says belong to it; none if it cannot be read."""
-    try:
-        return read(epoch).get("averagers", ())
-    except (OSError, ValueError):
-        return ()
 
 
 def _step(path: Path) -> int | None:
