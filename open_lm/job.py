@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import checkpoint
+from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
-from open_lm.config.resolve import reconcile
+from open_lm.config.resolve import RUNTIME_FIELDS, flatten, reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
 from open_lm.data.loader import TrainData, ValData
@@ -33,10 +34,11 @@ class Job:
     """Sequences per rank and forward pass in evaluation."""
     folder: Path
     start_from: str | None
-    """The checkpoint of --resume or --pretrained."""
+    """The checkpoint of --resume or --pretrained; the first of --average."""
     schedule: Schedule | None
     """None: evaluate and stop."""
     train_data: TrainData | None
+    averagers: tuple[Averager, ...]
     val_data: tuple[ValData, ...]
     notes: tuple[str, ...]
     """Warnings and decisions to show once logging has begun."""
@@ -48,7 +50,10 @@ def prepare(
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
-    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder)))
+    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder) or find_soup(run)))
+    averagers = parse_averagers(run.averaging.averagers)
+    if start_from is not None and not trains(run):
+        on_first_rank(lambda: find_averages(start_from, averagers))
     notes = [*notes, *world.notes]
     if start_from is not None:
         saved = checkpoint.read_model_config(start_from)
@@ -75,6 +80,10 @@ def prepare(
         train_data.check_enough(schedule.end_step)
         if start_from is not None and run.checkpoint.resume:
             refuse_changed_run(run, train_data.fingerprint(), start_from)
+            dropped = set(checkpoint.saved_averages(Path(start_from))) - {a.name for a in averagers}
+            notes += [
+                f"{start_from} holds the average {n}: without --averagers {n} it ends here" for n in dropped
+            ]
         if run.optim.warmup >= schedule.total_steps and not run.optim.skip_scheduler:
             notes.append(
                 f"--warmup {run.optim.warmup}: --lr {run.optim.lr} is never reached in {schedule.total_steps} steps"
@@ -107,6 +116,7 @@ def prepare(
         start_from=start_from,
         schedule=schedule,
         train_data=train_data,
+        averagers=averagers,
         val_data=val_data,
         notes=tuple(notes),
     )
@@ -135,6 +145,31 @@ def find_start(run: RunConfig, folder: Path) -> str | None:
             f"{folder} already holds a run: give another --name, or --resume latest to continue it"
         )
     return path
+
+
+def find_soup(run: RunConfig) -> str | None:
+    """The first checkpoint of --average. Raises ValueError where one is missing or of another architecture."""
+    paths = run.averaging.average or ()
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"--average {path}: no such file")
+    saved = {path: config for path in paths if (config := checkpoint.read_model_config(path))}
+    for path, config in saved.items():
+        first, expected = next(iter(saved.items()))
+        there, here = flatten(config), flatten(expected)
+        differ = [k for k in here if k not in RUNTIME_FIELDS and there.get(k, here[k]) != here[k]]
+        if differ:
+            values = "; ".join(f"{key}: {here[key]} and {there[key]}" for key in differ)
+            raise ValueError(f"--average {first} {path}: not of one architecture ({values})")
+    return paths[0] if paths else None
+
+
+def find_averages(path: str, averagers: Sequence[Averager]) -> None:
+    """Raises ValueError where an average to evaluate has no file beside the checkpoint at `path`."""
+    for averager in averagers:
+        file = checkpoint.path_of_average(Path(path), averager.name)
+        if not file.is_file():
+            raise ValueError(f"--averagers {averager.name}: {path} was saved without it, there is no {file}")
 
 
 def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], path: str) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from open_lm import checkpoint
+from open_lm.averaging import Average, averaged
+from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check
 from open_lm.config.parse import flag_values, parse
 from open_lm.config.resolve import resolve_model
@@ -142,12 +144,54 @@ def device_name(device: torch.device) -> str:
 
 
 def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
-    """`--val-data … --resume …` without training data. Results go beside the checkpoint, as open_lm's."""
+    """`--val-data … --resume …` without training data. Results go beside the checkpoint, as open_lm's.
+
+    With --averagers these alone are evaluated, as open_lm does; the weights themselves if `none` is among them.
+    """
     assert job.start_from is not None
+    if job.run.averaging.average:
+        load_soup(job, model)
+        evaluate_all(job, model, log, Progress(), job.start_from)
+        return
     with refusing():
         saved = checkpoint.load_weights(job.start_from, model)
     progress = Progress(step=saved.get("step") or 0, tokens=saved.get("tokens") or 0)
-    evaluate_all(job, model, log, progress, job.start_from)
+    if not job.averagers or NONE in (job.run.averaging.averagers or "").split(","):
+        evaluate_all(job, model, log, progress, job.start_from)
+    for averager in job.averagers:
+        average = Average(averager, model)
+        with refusing():
+            checkpoint.load_averages(job.start_from, [average], model)
+        evaluate_average(job, model, average, log, progress, job.start_from)
+
+
+def evaluate_average(
+    job: Job, model: nn.Module, average: Average, log: Log, progress: Progress, path: str
+) -> None:
+    """`evaluate_all` with the averaged weights."""
+    with averaged(model, average):
+        evaluate_all(job, model, log, progress, path, average.name)
+
+
+def load_soup(job: Job, model: nn.Module) -> None:
+    """The weights of --average into `model`."""
+    paths, coefficients = job.run.averaging.average or (), coefficients_of(job.run.averaging)
+    with refusing():
+        checkpoint.load_soup(paths, coefficients, model)
+    terms = (f"{c:g} * {path}" for c, path in zip(coefficients, paths, strict=True))
+    logger.info("weights: %s", " + ".join(terms))
+
+
+def load_averages(job: Job, averages: Sequence[Average], model: nn.Module, step: int) -> None:
+    """The averages beside the checkpoint that is resumed; one that it lacks starts at its weights."""
+    assert job.start_from is not None
+    with refusing():
+        missing = checkpoint.load_averages(job.start_from, averages, model)
+    for name in missing:
+        logger.warning(
+            "--averagers %s: %s was saved without it: the average starts from the weights of step %d",
+            name, job.start_from, step,
+        )  # fmt: skip
 
 
 def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
@@ -161,6 +205,8 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         with refusing():
             checkpoint.load_weights(run.checkpoint.pretrained, model)
         logger.info("weights from %s, a new optimizer at step 0", run.checkpoint.pretrained)
+    elif run.averaging.average:
+        load_soup(job, model)
     elif job.start_from:
         with refusing():
             state = checkpoint.load_training_state(job.start_from, model, optimizer)
@@ -168,6 +214,9 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
         logger.info("resumed %s at step %d, %d tokens", job.start_from, progress.step, progress.tokens)
+    averages = [Average(averager, model) for averager in job.averagers]
+    if run.checkpoint.resume and job.start_from:
+        load_averages(job, averages, model, progress.step)
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
         return
@@ -187,10 +236,12 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
                 "data": data.fingerprint(),
                 "flags": flag_values(run),
             }
-            checkpoint.save(folder, n, model=model, optimizer=optimizer, state=state)
+            checkpoint.save(folder, n, model=model, optimizer=optimizer, state=state, averages=averages)
             logger.info("saved %s at step %d", path, progress.step)
         if job.val_data and (last or n % run.eval.val_frequency == 0):
             evaluate_all(job, model, log, progress, str(path))
+            for average in averages:
+                evaluate_average(job, model, average, log, progress, str(path))
 
     train(
         model,
@@ -207,11 +258,18 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         log_logit_mean=run.log.log_logit_mean,
         loss_scale=loss_scale,
         end_interval=end_interval,
+        averages=averages,
+        averaged_loss_every=run.averaging.log_avg_model_training_loss,
     )
 
 
-def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path: str) -> None:
-    """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`."""
+def evaluate_all(
+    job: Job, model: nn.Module, log: Log, progress: Progress, path: str, average: str = NONE
+) -> None:
+    """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`.
+
+    `average` names what `model` holds: metrics of an average are `valid/NAME/…`, apart from `valid/…`.
+    """
     for val_data in job.val_data:
         result = evaluate(
             model,
@@ -222,13 +280,22 @@ def evaluate_all(job: Job, model: nn.Module, log: Log, progress: Progress, path:
             config=job.run.eval,
         )
         result["train_tokens"] = progress.tokens
-        facts = {"val_name": val_data.name, "checkpoint_path": path, "model": job.run.model.model}
-        prefix = f"valid/{val_data.name}" if len(job.val_data) > 1 else "valid"
+        facts: dict[str, Any] = {
+            "val_name": val_data.name,
+            "checkpoint_path": path,
+            "model": job.run.model.model,
+            "average": average,
+        }
+        if job.run.averaging.average and job.schedule is None:
+            coefficients = coefficients_of(job.run.averaging)
+            facts["soup"] = [list(term) for term in zip(job.run.averaging.average, coefficients, strict=True)]
+        prefix = "valid" if average == NONE else f"valid/{average}"
+        prefix += f"/{val_data.name}" if len(job.val_data) > 1 else ""
         entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
         entry |= {f"{prefix}/{name}": value for name, value in result.items()}
         log.metrics(entry, progress.step)
         if job.world.rank == 0:
-            logger.info(describe_result(val_data, result))
+            logger.info(("" if average == NONE else f"{average}: ") + describe_result(val_data, result))
             append_result(path, {"step": progress.step, "val_data": [val_data.entry], **facts, **result})
 
 

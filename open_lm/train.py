@@ -3,11 +3,12 @@
 Shapes: B sequences of this rank's batch, S positions.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from open_lm.averaging import Average, averaged_loss
 from open_lm.config.model import ModelConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
@@ -87,6 +88,34 @@ def to_device(tokens_BS: Tensor, world: World) -> Tensor:
     return tokens_BS.pin_memory().to(world.device, non_blocking=True)
 
 
+def log_averaged_losses(
+    model: nn.Module,
+    batch: Batch,
+    averages: Sequence[Average],
+    step: int,
+    *,
+    plan: BatchPlan,
+    optim: OptimConfig,
+    world: World,
+    log: Log,
+) -> None:
+    """`train/NAME_loss` of each average on this step's batch, as a line of its own. Collective."""
+    losses = {
+        average.name: averaged_loss(
+            model,
+            average,
+            batch,
+            micro_sequences=plan.micro_sequences,
+            precision=optim.precision,
+            world=world,
+        )
+        for average in averages
+    }
+    log.metrics({f"train/{name}_loss": loss for name, loss in losses.items()}, step)
+    shown = " | ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items())
+    logger.info(f"step {step:,}, averaged weights | {shown}")
+
+
 def router_loss(stats: tuple[RouterStats, ...], config: ModelConfig) -> Tensor:
     """Weighted load-balancing and z-loss, each the mean over the MoE layers."""
     balance = torch.stack([s.balance_loss for s in stats]).mean()
@@ -110,12 +139,15 @@ def train(
     log_logit_mean: bool,
     loss_scale: LossScale | None,
     end_interval: Callable[[int], None],
+    averages: Sequence[Average] = (),
+    averaged_loss_every: int = 0,
 ) -> None:
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
     evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
     RuntimeError after MAX_SKIPS such steps in a row. Between log lines nothing waits for the GPU.
+    Every `averaged_loss_every` steps (0: never) the loss of the averages before the step, on its batch, is logged.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     window = Window(config, world, log_logit_mean)
@@ -126,6 +158,11 @@ def train(
     for batch in batches:
         step = progress.step
         clock.lap("data_time")
+        if averaged_loss_every and (step + 1) % averaged_loss_every == 0:
+            log_averaged_losses(
+                model, batch, averages, step + 1, plan=plan, optim=optim, world=world, log=log
+            )
+            clock.lap("averaged_loss_time")
         rate = learning_rate(step, optim, schedule.total_steps, schedule.interval_end(1))
         set_learning_rate_(optimizer, rate)
         scale = loss_scale.value if loss_scale else 1.0
@@ -138,6 +175,8 @@ def train(
         if optim.grad_clip_norm is not None:
             clip_(parameters, norm, optim.grad_clip_norm)
         update_(optimizer, finite)
+        for average in averages:
+            average.step_()
         optimizer.zero_grad(set_to_none=True)
         if loss_scale:
             loss_scale.update_(bool(finite))

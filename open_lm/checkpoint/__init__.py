@@ -1,10 +1,12 @@
-"""Checkpoints: epoch_N.pt (weights), optimizer_N.pt and stats_N.pt, whole tensors whatever the sharding.
+"""Checkpoints: epoch_N.pt (weights), optimizer_N.pt, stats_N.pt and an AVERAGER_N.pt for each average, whole
+tensors whatever the sharding.
 
 Every file holds "step", so that files of different saves are never taken for one checkpoint; nothing in a
 file is executed when it is loaded. `save` and `load_…` are collective: every rank calls them, rank 0 alone
 touches the disk, and its error is raised on every rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_lm.averaging import Average
+from open_lm.checkpoint.average import (
+    gather_weights,
+    load_averages,
+    load_soup,
+    path_of_average,
+    saved_average,
+)
 from open_lm.checkpoint.files import (
+    all_paths,
     latest,
     paths_of,
     prepare,
@@ -20,6 +31,7 @@ from open_lm.checkpoint.files import (
     read_training_state,
     remove_temporaries,
     replace,
+    saved_averages,
     temporary,
     write,
 )
@@ -29,7 +41,19 @@ from open_lm.parallel.gather import gather, gather_objects, on_first_rank, sprea
 from open_lm.parallel.mesh import broadcast_object, this_rank
 from open_lm.parallel.plan import reshard_, unwrap
 
-__all__ = ["latest", "load_training_state", "load_weights", "read_model_config", "read_state", "save"]
+__all__ = [
+    "all_paths",
+    "latest",
+    "load_averages",
+    "load_soup",
+    "load_training_state",
+    "load_weights",
+    "path_of_average",
+    "read_model_config",
+    "read_state",
+    "save",
+    "saved_averages",
+]
 
 
 def save(
@@ -39,26 +63,33 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
+    averages: Sequence[Average] = (),
 ) -> Path:
     """Write epoch_`number`.pt and its companions; returns its path. Collective.
 
     `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file)
-    comes back from `load_training_state`. All three files are complete on disk before the first takes its
-    place. Raises OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
+    comes back from `load_training_state`. All files are complete on disk before the first takes its place.
+    Raises OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
     """
     folder = Path(folder)
-    paths = paths_of(folder / f"epoch_{number}.pt")
+    names = [average.name for average in averages]
+    paths = paths_of(folder / f"epoch_{number}.pt", names)
     header = {"epoch": number, "name": state.get("name", "")}
     header |= {"step": state["step"], "tokens": state.get("tokens")}
     reshard_(model)
     bare = unwrap(model)
+    model_config = asdict(bare.config)
 
     def put(part: str, content: dict[str, Any]) -> None:
         on_first_rank(lambda: write(temporary(paths[part]), header | content))
 
     on_first_rank(lambda: prepare(folder))
     try:
-        put("epoch", {"state_dict": _gather_weights(bare), "model_config": asdict(bare.config)})
+        weights = gather_weights(bare)
+        put("epoch", {"state_dict": weights, "model_config": model_config, "averagers": names})
+        del weights  # one copy at a time on rank 0
+        for average in averages:
+            put(average.name, saved_average(bare, average) | {"model_config": model_config})
         put("optimizer", {"optimizer": _gather_optimizer(bare, optimizer)})
         put("stats", {"state": state, "rng": gather_objects(_rng())})
     except BaseException:
@@ -70,7 +101,8 @@ def save(
 
 
 def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
-    """Fill `model` from epoch_N.pt (ours or open_lm's), a bare state dict, or .safetensors. Collective.
+    """Fill `model` from epoch_N.pt or AVERAGER_N.pt (ours or open_lm's), a bare state dict, or .safetensors.
+    Collective.
 
     Returns what else the file holds ("epoch", "step", "model_config", …). Raises ValueError if the file
     cannot be read without executing it, or does not fit: then `model` is unchanged.
@@ -112,16 +144,6 @@ def read_model_config(path: Path | str) -> dict[str, Any] | None:
     """asdict(ModelConfig) of the run that wrote `path`; None if the file does not say (open_lm's do not)."""
     path = Path(path)
     return None if path.suffix == ".safetensors" else read(path).get("model_config")
-
-
-def _gather_weights(bare: Transformer) -> dict[str, Tensor]:
-    once: dict[int, Tensor] = {}  # tied weights are gathered, and stored, once
-    weights = {}
-    for name, tensor in bare.state_dict(keep_vars=True).items():
-        if id(tensor) not in once:
-            once[id(tensor)] = gather(tensor)
-        weights[name] = once[id(tensor)]
-    return weights
 
 
 def _gather_optimizer(bare: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

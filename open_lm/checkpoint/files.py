@@ -5,7 +5,7 @@ import errno
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,30 @@ from torch import Tensor
 PARTS = ("optimizer", "stats", "epoch")  # the order of the renames: where the epoch is, the others are
 
 
-def paths_of(epoch: Path) -> dict[str, Path]:
-    """The three files of epoch_N.pt. Raises ValueError if it is named otherwise."""
+def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
+    """The files of epoch_N.pt in the order of the renames: averages, optimizer, stats, itself.
+
+    Raises ValueError if it is named otherwise.
+    """
     match = re.fullmatch(r"epoch_(\d+)\.pt", epoch.name)
     if not match:
         raise ValueError(
             f"{epoch} is not named epoch_N.pt: to start from its weights alone, use --pretrained"
         )
-    return {part: epoch.with_name(f"{part}_{match[1]}.pt") for part in PARTS}
+    return {part: epoch.with_name(f"{part}_{match[1]}.pt") for part in (*averagers, *PARTS)}
+
+
+def all_paths(epoch: Path) -> dict[str, Path]:
+    """`paths_of` with the averages that epoch_N.pt was saved with."""
+    return paths_of(epoch, saved_averages(epoch))
+
+
+def saved_averages(epoch: Path) -> tuple[str, ...]:
+    """The names of the averages that epoch_N.pt, or its temporary file, was saved with; none if unreadable."""
+    try:
+        return tuple(read(epoch).get("averagers", ()))
+    except (OSError, ValueError):
+        return ()
 
 
 def temporary(path: Path) -> Path:
@@ -41,9 +57,8 @@ def prepare(folder: Path) -> None:
 
 def remove_temporaries(folder: Path) -> None:
     """Remove unfinished files."""
-    for part in PARTS:
-        for path in folder.glob(f"{part}_*.pt.tmp"):
-            path.unlink(missing_ok=True)
+    for path in folder.glob("*_*.pt.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -73,8 +88,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def replace(paths: dict[str, Path]) -> None:
-    """Let the temporary files take their places. Raises OSError naming the file."""
-    for part in PARTS:
+    """Let the temporary files take their places, in this order. Raises OSError naming the file."""
+    for part in paths:
         try:
             os.replace(temporary(paths[part]), paths[part])
         except OSError as e:
@@ -112,14 +127,14 @@ def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[
 
     Raises ValueError if one is missing, of another step, or not written by `save`.
     """
-    paths, files = paths_of(path), {}
+    paths, files = all_paths(path), {}
     for part, file in paths.items():
         if not file.exists():
             raise ValueError(
                 f"{path} cannot be resumed: {file.name} is missing (--pretrained needs only weights)"
             )
         files[part] = read(file)
-    steps = {paths[part].name: files[part].get("step") for part in PARTS}
+    steps = {paths[part].name: files[part].get("step") for part in paths}
     if len(set(steps.values())) != 1 or None in steps.values():
         raise ValueError(f"{path} cannot be resumed: its files must be of one step, but have {steps}")
     try:
@@ -129,15 +144,16 @@ def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[
 
 
 def latest(folder: Path | str) -> Path | None:
-    """The epoch_N.pt with the highest N whose three files are there and of one step; None if there is none.
+    """The epoch_N.pt with the highest N whose files are all there and of one step; None if there is none.
 
     Finishes a save that was killed between its renames; warns of a checkpoint it passes over. For one rank.
     """
     folder = Path(folder)
     found = (re.fullmatch(r"epoch_(\d+)\.pt(\.tmp)?", path.name) for path in folder.glob("epoch_*"))
     for number in sorted({int(match[1]) for match in found if match}, reverse=True):
-        paths = paths_of(folder / f"epoch_{number}.pt")
-        _finish_renames(paths)
+        epoch = folder / f"epoch_{number}.pt"
+        _finish_renames(epoch)
+        paths = all_paths(epoch)
         steps = {path.name: _step(path) for path in paths.values()}
         if None not in steps.values() and len(set(steps.values())) == 1:
             return paths["epoch"]
@@ -149,10 +165,11 @@ def latest(folder: Path | str) -> Path | None:
     return None
 
 
-def _finish_renames(paths: dict[str, Path]) -> None:
+def _finish_renames(epoch: Path) -> None:
     """Completes a save that was killed after everything was written."""
-    waiting = [part for part in PARTS if temporary(paths[part]).exists()]
-    files = [temporary(paths[part]) if part in waiting else paths[part] for part in PARTS]
+    paths = paths_of(epoch, saved_averages(temporary(epoch)))  # renamed last: while others wait, it does
+    waiting = [part for part in paths if temporary(paths[part]).exists()]
+    files = [temporary(paths[part]) if part in waiting else paths[part] for part in paths]
     steps = {_step(file) for file in files}
     if waiting and len(steps) == 1 and None not in steps:
         for part in waiting:

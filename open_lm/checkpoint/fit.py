@@ -21,15 +21,17 @@ NO_WEIGHTS = r".*\.pos_embed\.inv_freq"  # open_lm's rotary tables
 
 
 def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(Weights by `model`'s names, what else the file holds) of epoch_N.pt, a bare state dict or .safetensors.
+    """(Weights by `model`'s names, what else the file holds) of epoch_N.pt, an average's NAME_N.pt, a bare state
+    dict or .safetensors.
 
     Raises ValueError if they do not fit `model`, or the file cannot be read without executing it.
     """
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read(path)
-    weights = content.get("state_dict", content)
+    key = next((key for key in ("state_dict", "av_model_sd") if key in content), None)
+    weights = content if key is None else content[key]
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
         raise ValueError(f"{path} holds no weights: neither a state dict nor one under the key 'state_dict'")
-    rest = {k: v for k, v in content.items() if k != "state_dict"} if "state_dict" in content else {}
+    rest = {k: v for k, v in content.items() if k != key} if key else {}
     weights = rename(weights)
     check_fit(path, weights, model)
     return weights, rest

@@ -1,9 +1,11 @@
 """Contradictions between flags: one clear error, before any work."""
 
+import math
 import re
 from collections.abc import Collection
 from dataclasses import fields
 
+from open_lm.config.averaging import AveragingConfig, coefficients_of, parse_averagers
 from open_lm.config.data import DataConfig
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
@@ -54,6 +56,7 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
     _check_optim(run.optim, given)
     _check_distributed(run.distributed, run.optim, given)
     _check_purpose(run)
+    warnings += _check_averaging(run)
     for name in filter(None, run.log.report_to.split(",")):
         if name not in REPORT_TARGETS:
             raise ValueError(f"--report-to {run.log.report_to}: expected {', '.join(REPORT_TARGETS)}")
@@ -216,10 +219,50 @@ def _check_purpose(run: RunConfig) -> None:
             "nothing to do: give --dataset-manifest or --train-data to train, or --val-data with --resume to "
             "evaluate"
         )
-    if not (start or pretrained):
+    if not (start or pretrained or run.averaging.average):
         raise ValueError(
-            "--val-data without training data evaluates a checkpoint: give --resume or --pretrained"
+            "--val-data without training data evaluates a checkpoint: give --resume, --pretrained or --average"
         )
+
+
+def _check_averaging(run: RunConfig) -> list[str]:
+    averaging = run.averaging
+    averagers = parse_averagers(averaging.averagers)
+    every = averaging.log_avg_model_training_loss
+    if every < 0:
+        raise ValueError(f"--log-avg-model-training-loss {every}: expected 0 (never) or more")
+    if every and not averagers:
+        raise ValueError(f"--log-avg-model-training-loss {every} needs --averagers: no average is kept")
+    if averaging.average is None:
+        if averaging.average_coefficients is not None:
+            raise ValueError("--average-coefficients needs --average: there are no checkpoints to add up")
+        return []
+    for flag, value in (("--resume", run.checkpoint.resume), ("--pretrained", run.checkpoint.pretrained)):
+        if value:
+            raise ValueError(f"--average starts from a sum of checkpoints, {flag} from {value}: use one")
+    if averagers and not trains(run):
+        raise ValueError(
+            f"--averagers {averaging.averagers} evaluates files beside --resume, not beside --average: drop one"
+        )
+    return _check_soup(averaging, averaging.average)
+
+
+def _check_soup(averaging: AveragingConfig, paths: tuple[str, ...]) -> list[str]:
+    if len(paths) < 2:
+        raise ValueError(
+            f"--average {' '.join(paths)}: expected several checkpoints; for one use --pretrained"
+        )
+    coefficients = coefficients_of(averaging)
+    shown = " ".join(map(str, coefficients))
+    if len(coefficients) != len(paths):
+        raise ValueError(
+            f"--average-coefficients {shown}: {len(coefficients)} for the {len(paths)} checkpoints of --average"
+        )
+    if not all(math.isfinite(c) for c in coefficients):
+        raise ValueError(f"--average-coefficients {shown}: expected finite numbers")
+    if abs(sum(coefficients) - 1) > 1e-6:
+        return [f"--average-coefficients {shown} sum to {sum(coefficients):g}, not 1: it is a sum, no mean"]
+    return []
 
 
 assert set(LATER) == {f.name for f in fields(LaterConfig)}

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation. --val-data without training data evaluates --resume or --pretrained and stops."""
+    """Evaluation. --val-data without training data evaluates --resume, --pretrained or
+    --average and stops."""
 
     val_data: tuple[str, ...] | None = None
     """Each entry (shards as in --train-data, or a manifest) is evaluated by itself; its metrics are valid/loss …,

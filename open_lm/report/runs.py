@@ -98,6 +98,8 @@ def find_evaluation(line: dict[str, Any]) -> Evaluation | None:
         entry = entry[0]
     if "step" not in line or not isinstance(entry, str) or line.get("average", "none") != "none":
         return None
+    if "soup" in line or not Path(line.get("checkpoint_path", "epoch_")).name.startswith("epoch_"):
+        return None  # not the run's own weights, but a sum of checkpoints, or an average's file
     for prefix, tokens in (
         ("valid/", "tokens"), (f"valid/{line.get('val_name')}/", "tokens"), ("", "train_tokens"),
     ):  # fmt: skip

@@ -157,7 +157,7 @@ def test_contradictions(line: str, message: str) -> None:
     ("line", "message"),
     [
         ("", "nothing to do"),
-        ("--val-data a", "give --resume or --pretrained"),
+        ("--val-data a", "give --resume, --pretrained or --average"),
         ("--dataset-manifest A", "--train-num-samples"),
         ("--train-data-mix-weights 1", "1 weights for 0 sources"),
     ],
