@@ -27,6 +27,8 @@ class Job:
     """What `main` executes."""
 
     run: RunConfig
+    given: Collection[str]
+    """Names of the flags that were given, by the command line or --config."""
     config: ModelConfig
     world: World
     batch: Batch
@@ -108,6 +110,7 @@ def prepare(
     )
     return Job(
         run=run,
+        given=given,
         config=config,
         world=world,
         batch=batch,

@@ -18,7 +18,7 @@ from open_lm import checkpoint
 from open_lm.averaging import Average, averaged
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check
-from open_lm.config.parse import flag_values, parse
+from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.data.loader import ValData
@@ -26,6 +26,7 @@ from open_lm.eval.perplexity import evaluate
 from open_lm.flops import FORMULA
 from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
+from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
@@ -98,21 +99,19 @@ def execute(job: Job) -> None:
     """Trains, or evaluates once, with a log open."""
     run, world = job.run, job.world
     log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
-    flags = flag_values(run)
     total, active = count_parameters(job.config)
     try:
         log.describe(
-            flags,
+            flag_values(run),
+            config_text(run, job.given),
             parameters=total,
             active_parameters=active,
             world_size=world.world_size,
             device=device_name(world.device),
             torch=torch.__version__,
         )
-        if "tensorboard" in run.log.report_to or "all" in run.log.report_to:
-            log.add_tensorboard()
-        if "wandb" in run.log.report_to or "all" in run.log.report_to:
-            log.add_wandb(run.log.wandb_project_name, run.log.wandb_notes, flags)
+        if run.log.copy_codebase and world.rank == 0:
+            copy_code(job.folder)
         for note in job.notes:
             logger.warning(note)
         logger.info(
@@ -131,12 +130,14 @@ def execute(job: Job) -> None:
             torchcompile=run.model.torchcompile,
             meta=not run.model.disable_meta_device,
         )
+        for name, parameter in model.named_parameters():
+            logger.debug("%s: %s %s", name, tuple(parameter.shape), parameter.dtype)
         if job.schedule is None:
             evaluate_once(job, model, log)
         else:
             train_all(job, job.schedule, model, log)
     finally:
-        log.close()
+        log.close(failed=sys.exc_info()[0] is not None)
 
 
 def device_name(device: torch.device) -> str:
@@ -149,6 +150,7 @@ def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
     With --averagers these alone are evaluated, as open_lm does; the weights themselves if `none` is among them.
     """
     assert job.start_from is not None
+    log.begin(job.run.log.targets, flag_values(job.run))
     if job.run.averaging.average:
         load_soup(job, model)
         evaluate_all(job, model, log, Progress(), job.start_from)
@@ -220,6 +222,7 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
         return
+    log.begin(run.log.targets, flag_values(run), progress.step)
     folder = job.folder / "checkpoints"
 
     def end_interval(n: int) -> None:

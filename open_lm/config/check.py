@@ -1,5 +1,6 @@
 """Contradictions between flags: one clear error, before any work."""
 
+import importlib.util
 import math
 import re
 from collections.abc import Collection
@@ -10,6 +11,7 @@ from open_lm.config.data import DataConfig
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
 from open_lm.config.later import LaterConfig
+from open_lm.config.log import LogConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.config.run import RunConfig
 
@@ -57,11 +59,7 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
     _check_distributed(run.distributed, run.optim, given)
     _check_purpose(run)
     warnings += _check_averaging(run)
-    for name in filter(None, run.log.report_to.split(",")):
-        if name not in REPORT_TARGETS:
-            raise ValueError(f"--report-to {run.log.report_to}: expected {', '.join(REPORT_TARGETS)}")
-    if run.log.log_every_n_steps < 1:
-        raise ValueError(f"--log-every-n-steps {run.log.log_every_n_steps}: expected at least 1")
+    _check_log(run.log)
     if run.model.experimental_meta_device and run.model.disable_meta_device:
         raise ValueError("--experimental-meta-device and --disable-meta-device are both given")
     if run.model.experimental_meta_device:
@@ -80,6 +78,17 @@ def _check_later(later: LaterConfig) -> list[str]:
             raise ValueError(f"{flag}: {says}")
         warnings.append(f"{flag} {says}")
     return warnings
+
+
+def _check_log(log: LogConfig) -> None:
+    for name in filter(None, map(str.strip, log.report_to.split(","))):
+        if name not in REPORT_TARGETS:
+            raise ValueError(f"--report-to {log.report_to}: expected {', '.join(REPORT_TARGETS)}")
+    for name in sorted(log.targets):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"--report-to {log.report_to}: {name} is missing; install it: pip install {name}")
+    if log.log_every_n_steps < 1:
+        raise ValueError(f"--log-every-n-steps {log.log_every_n_steps}: expected at least 1")
 
 
 def _check_data(data: DataConfig) -> None:

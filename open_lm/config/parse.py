@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -60,6 +60,14 @@ def flag_values(run: RunConfig) -> dict[str, Any]:
     return values
 
 
+def config_text(run: RunConfig, given: Collection[str]) -> str:
+    """YAML for --config that makes `parse` return `run` and `given` again: what was given, nothing else."""
+    values = {name: value for name, value in flag_values(run).items() if name in given}
+    return "# Again, elsewhere: python -m open_lm.main --config THIS_FILE --name OTHER\n" + (
+        yaml.safe_dump(values, sort_keys=False, allow_unicode=True) if values else ""
+    )
+
+
 def _with_config_file(tokens: list[str]) -> list[str]:
     """Replaces `--config FILE` by the file's entries, moved to the front so that later flags win."""
     path = None
@@ -102,7 +110,7 @@ def _file_tokens(path: Path) -> list[str]:
         elif isinstance(value, list):
             tokens += [flag, *map(str, value)]
         elif value is not None:
-            tokens += [flag, str(value)]
+            tokens.append(f"{flag}={value}")
         elif type(None) in get_args(names[name]):
             tokens += [flag, "None"]
     return tokens
