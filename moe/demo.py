@@ -76,7 +76,7 @@ def main() -> None:
     demo = replace(demo, logs=demo.logs or free_folder(Path("logs/demo")))
     runs = run_demo(demo)
     assert demo.logs is not None
-    unigram = unigram_perplexities(list(runs[0].last))
+    unigram = unigram_perplexities(list(runs[0].last()))
     console.print(results_table(runs, unigram))
     minutes = (time.perf_counter() - start) / 60
     console.print(f"report: {demo.logs / 'report.html'}   ({minutes:.1f} minutes)")

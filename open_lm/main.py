@@ -25,7 +25,7 @@ from open_lm.data.loader import ValData
 from open_lm.eval.perplexity import evaluate
 from open_lm.flops import FORMULA
 from open_lm.job import Job, prepare
-from open_lm.log import Log, logger
+from open_lm.log import Log, jsonable, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
@@ -322,7 +322,7 @@ def append_result(checkpoint_path: str, entry: dict[str, Any]) -> None:
             raise OSError(f"{checkpoint_path} is remote")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(jsonable(entry)) + "\n")
     except OSError as error:
         logger.warning("results.jsonl could not be written (log.jsonl holds the metrics): %s", error)
 

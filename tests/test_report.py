@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from open_lm.log.lines import short_names
 from open_lm.report import write_report
 from open_lm.report.chart import Series, heat_map, line_chart, spread, thin, ticks
-from open_lm.report.page import short_entries
-from open_lm.report.runs import ALL, observations, perplexities, read_run
+from open_lm.report.runs import ALL, observations, perplexities, perplexity_curve, read_run
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -180,7 +180,62 @@ def test_evaluation_in_log_and_results_is_one(tmp_path):
     lines = [evaluation(10, "v", 5.0, 7), evaluation(20, "v", 4.0, 7)]
     run = read_run(write_run(tmp_path / "run", {}, [training(20, 4.5, 1.0), *lines], lines[1:]))
     assert [(e.step, e.loss) for e in run.evaluations] == [(10, 5.0), (20, 4.0)]
-    assert run.last["v"].loss == 4.0
+    assert run.last()["v"].loss == 4.0
+
+
+def test_a_resumed_run_has_one_value_a_step(tmp_path):
+    """It died after step 40, resumed after 20 and has reached 30: what it found at 40 is gone, and said to be."""
+    early = [training(n, 5.0, 1.0) for n in (10, 20, 30, 40)]
+    evaluations = [evaluation(20, "v", 4.0, 7), evaluation(40, "v", 3.0, 7)]
+    again = [{"run": {"commit": "new"}}, {"resumed": 20}, training(30, 4.5, 1.0)]
+    run = read_run(write_run(tmp_path / "run", {}, [*early, *evaluations, *again], evaluations))
+    assert [(x["step"], x["train/loss"]) for x in run.training] == [(10, 5.0), (20, 5.0), (30, 4.5)]
+    assert [(e.step, e.loss) for e in run.evaluations] == [(20, 4.0)]
+    assert (run.resumed, run.superseded, run.facts["commit"]) == ((20,), 3, "new")
+    write_report([tmp_path / "run"], tmp_path / "r.html")
+    page = Page((tmp_path / "r.html").read_text(encoding="utf-8"))
+    assert "run was resumed after step 20; 3 log lines of steps that it did again are left out." in page.text
+
+
+def test_speed_memory_and_averages_are_shown(tmp_path):
+    lines = [
+        training(n, 5.0, 100.0 * n) | {"train/mfu": 0.4 + n / 1000, "train/memory_gib": 11.5}
+        for n in (10, 20, 30)
+    ]
+    found = []
+    for step, loss in ((10, 5.0), (20, 4.0), (30, 3.0)):
+        for entry in ("prose", "code"):
+            one = evaluation(step, entry, loss, 100)
+            found.append(one)
+            # an average's under its own name, as a log line has it, or under the plain one
+            averaged = evaluation(step, entry, loss - 0.1, 100) | {"average": "ema_0.9_1"}
+            if entry == "prose":
+                averaged = {k.replace("valid/", "valid/ema_0.9_1/"): v for k, v in averaged.items()}
+            found.append(averaged)
+    folder = write_run(tmp_path / "run", {}, lines, found)
+    run = read_run(folder)
+    assert perplexities(run)[ALL] == pytest.approx(math.exp(3.0))
+    assert perplexities(run, "ema_0.9_1")[ALL] == pytest.approx(math.exp(2.9))
+    assert perplexity_curve(run, "code") == [
+        (n * 2048, pytest.approx(math.exp(6 - n / 10))) for n in (10, 20, 30)
+    ]
+    write_report([folder], tmp_path / "r.html")
+    source = (tmp_path / "r.html").read_text(encoding="utf-8")
+    page = Page(source)
+    for text in (
+        "MFU",
+        "42.0%",
+        "GiB",
+        "11.5",
+        "run, ema_0.9_1",
+        "Model FLOPs utilisation",
+        "Tokens per second",
+    ):
+        assert text in page.text, text
+    assert f"ema_0.9_1 of run reached {math.exp(2.9):.1f}, 9.5% below its own weights." in page.text
+    assert source.count("<figcaption>prose</figcaption>") == 1
+    for piece in source.split("<svg")[1:]:
+        ElementTree.fromstring("<svg" + piece.split("</svg>")[0] + "</svg>")
 
 
 def test_odd_runs_still_make_a_page(tmp_path):
@@ -200,8 +255,8 @@ def test_odd_runs_still_make_a_page(tmp_path):
 
 def test_entries_are_named_by_what_differs():
     a, b = "corpus/prose/held_out/manifest.jsonl", "corpus/code/held_out/manifest.jsonl"
-    assert short_entries([a, b]) == {a: "prose", b: "code", ALL: ALL}
-    assert short_entries([a])[a] == "prose/held_out"
+    assert short_names([a, b]) == {a: "prose", b: "code"}
+    assert short_names([a])[a] == "prose/held_out"
 
 
 def test_chart_arithmetic():

@@ -86,7 +86,9 @@ def _check_log(log: LogConfig) -> None:
             raise ValueError(f"--report-to {log.report_to}: expected {', '.join(REPORT_TARGETS)}")
     for name in sorted(log.targets):
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"--report-to {log.report_to}: {name} is missing; install it: pip install {name}")
+            raise ValueError(
+                f"--report-to {log.report_to}: {name} is missing; install it: pip install {name}"
+            )
     if log.log_every_n_steps < 1:
         raise ValueError(f"--log-every-n-steps {log.log_every_n_steps}: expected at least 1")
 

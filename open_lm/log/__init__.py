@@ -23,7 +23,7 @@ from open_lm.log.lines import read_lines, short_names, supersede
 from open_lm.log.record import commit, keep_flags
 from open_lm.log.sinks import CLOSE_SECONDS, Record, Sink, TensorBoard, Wandb
 
-__all__ = ["Log", "commit", "logger"]
+__all__ = ["Log", "commit", "jsonable", "logger"]
 
 logger = logging.getLogger("open_lm")
 
@@ -180,7 +180,7 @@ class Log:
     def _write_json(self, entry: dict[str, Any]) -> None:
         assert self._jsonl is not None
         try:
-            self._jsonl.write(json.dumps(_jsonable(entry)) + "\n")
+            self._jsonl.write(json.dumps(jsonable(entry)) + "\n")
             self._jsonl.flush()
         except OSError as error:  # a full disk: what could not be written is tried again with the next line
             if not self._disk_failed:
@@ -195,7 +195,7 @@ def open_jsonl(path: Path) -> TextIO:
         with open(path, "rb") as file:
             file.seek(-1, 2)
             cut_off = file.read() != b"\n"
-    file = open(path, "a", encoding="utf-8")
+    file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     file.write("\n" if cut_off else "")
     return file
 
@@ -216,12 +216,12 @@ def flatten(entry: Mapping[str, Any], entries: Mapping[str, str]) -> dict[str, f
     return numbers
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become strings, so that any reader takes the file."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, Mapping):
-        return {k: _jsonable(v) for k, v in value.items()}
+        return {k: jsonable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_jsonable(v) for v in value]
+        return [jsonable(v) for v in value]
     return value

@@ -127,25 +127,28 @@ class Wandb:
         limits: dict[str, Any] = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
         limits = {name: limits[name] for name in limits if name in wandb.Settings.model_fields}
 
-        def start(mode: str) -> Any:
+        own_id = run_id(folder)
+
+        def start(mode: str, id: str) -> Any:
             settings = wandb.Settings(silent=True, console="off", **limits)
             return wandb.init(
                 project=project, name=folder.name, notes=notes or None, config=dict(flags), dir=str(folder),
-                id=run_id(folder), resume="allow", mode=mode, settings=settings,  # pyright: ignore
+                id=id, resume="allow", mode=mode, settings=settings,  # pyright: ignore
             )  # fmt: skip
 
         try:
-            self._run = start(mode)
+            self._run = start(mode, own_id)
         except Exception as error:  # no answer, a wrong key, …
             if mode == "offline":
                 raise
             reason = str(error).splitlines()[0]
             logger.warning("wandb cannot be reached, the run is logged offline (%s)", reason)
-            self._run = start("offline")
-        if self._run.url:
+            self._run = start("offline", secrets.token_hex(4))  # wandb takes the run's own for in use still
+        if not self._run.offline:
             logger.info("wandb: %s", self._run.url)
         elif not self._run.disabled:
-            logger.info("wandb is offline; to send the run: wandb sync %s", Path(self._run.dir).parent)
+            path = Path(self._run.dir).parent
+            logger.info("wandb is offline; to send the run: wandb sync --id %s %s", own_id, path)
         for name in ("train/*", "valid/*", "router/*"):
             self._run.define_metric(name, step_metric="tokens")
 

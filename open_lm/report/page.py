@@ -2,76 +2,132 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
+from open_lm.log.lines import short_names
 from open_lm.report.chart import CHART_STYLE, COLOURS, Series, bar_chart, heat_map, line_chart, short
-from open_lm.report.runs import ALL, Run, observations, perplexities, together, unigram_perplexities
+from open_lm.report.runs import (
+    ALL,
+    Run,
+    observations,
+    perplexities,
+    perplexity_curve,
+    together,
+    unigram_perplexities,
+)
 
 
-def short_entries(entries: Sequence[str]) -> dict[str, str]:
-    """Entries without what they have in common: corpus/{prose,code}/held_out/manifest.jsonl → prose, code."""
-    parts = [entry.split("/") for entry in dict.fromkeys(entries)]
-    names = {}
-    for own in parts:
-        others = [p for p in parts if p != own]
-        differing = [word for i, word in enumerate(own) if any(p[i : i + 1] != [word] for p in others)]
-        words = [w for w in (differing or own[-3:]) if w != "manifest.jsonl"]
-        names["/".join(own)] = "/".join(words) or "/".join(own)
-    return names | {ALL: ALL}
+class Measure(NamedTuple):
+    """A metric of speed or memory: where it is logged, its names in the table and above its chart."""
+
+    metric: str
+    column: str
+    title: str
+    write: Callable[[float], str]
+
+
+MEASURES = (
+    Measure("train/tokens_per_second", "tokens/s", "Tokens per second", lambda v: f"{v:,.0f}"),
+    Measure("train/mfu", "MFU", "Model FLOPs utilisation", lambda v: f"{v:.1%}"),
+    Measure("train/memory_gib", "GiB", "Memory at most, GiB per GPU", lambda v: f"{v:.3g}"),
+)
+
+
+def entries_of(runs: Sequence[Run]) -> dict[str, str]:
+    """Short names of all runs' --val-data entries, ALL first where there are several."""
+    entries = list(dict.fromkeys(entry for run in runs for entry in perplexities(run)))
+    names = short_names([entry for entry in entries if entry != ALL]) | {ALL: ALL}
+    return {entry: names[entry] for entry in entries}
 
 
 def summary_rows(runs: Sequence[Run], unigram: dict[str, float]) -> list[list[str]]:
     """Header and one row per run, and the unigram's, as strings."""
-    entries = list(dict.fromkeys(entry for run in runs for entry in perplexities(run)))
-    names = short_entries([entry for entry in entries if entry != ALL])
-    columns = ["all" if entry == ALL else names[entry] for entry in entries]
-    rows = [["run", "parameters", "active", "steps", "tokens", *(f"ppl {c}" for c in columns), "tokens/s"]]
+    entries = entries_of(runs)
+    columns = ["all" if entry == ALL else name for entry, name in entries.items()]
+    measured = [m for m in MEASURES if any(run.curve(m.metric) for run in runs)]
+    rows = [["run", "parameters", "active", "steps", "tokens", *(f"ppl {c}" for c in columns)]]
+    rows[0] += [m.column for m in measured]
     for run in runs:
-        values, speed = perplexities(run), run.tokens_per_second
         steps = max([line["step"] for line in run.training] + [e.step for e in run.evaluations], default=0)
         counts = [run.facts.get("parameters"), run.facts.get("active_parameters"), steps, run.tokens]
         rows.append(
             [run.name]
             + [f"{count:,}" if count is not None else "–" for count in counts]
-            + [f"{values[entry]:,.1f}" if entry in values else "–" for entry in entries]
-            + [f"{speed:,.0f}" if speed else "–"]
+            + perplexity_cells(perplexities(run), entries)
+            + ["–" if (value := run.median(m.metric)) is None else m.write(value) for m in measured]
         )
+        for average in run.averages:
+            cells = perplexity_cells(perplexities(run, average), entries)
+            rows.append([f"{run.name}, {average}", "", "", "", "", *cells, *("" for _ in measured)])
     if unigram:
-        cells = [f"{unigram[entry]:,.1f}" if entry in unigram else "–" for entry in entries]
-        rows.append(["unigram (yardstick)", "", "", "", "", *cells, ""])
+        cells = perplexity_cells(unigram, entries)
+        rows.append(["unigram (yardstick)", "", "", "", "", *cells, *("" for _ in measured)])
     return rows
+
+
+def perplexity_cells(values: dict[str, float], entries: Iterable[str]) -> list[str]:
+    return [f"{values[entry]:,.1f}" if entry in values else "–" for entry in entries]
 
 
 def loss_chart(runs: Sequence[Run]) -> str:
     """Training loss of all runs over tokens, with held-out losses as points."""
     series = []
     for colour, run in enumerate(runs):
-        steps = sorted({(e.step, e.tokens) for e in run.evaluations})
+        own = [e for e in run.evaluations if not e.average]
         points = []
-        for step, tokens in steps:
-            points.append((tokens, math.log(together([e for e in run.evaluations if e.step == step]))))
-        series.append(
-            Series(run.name, colour, [(x["tokens"], x["train/loss"]) for x in run.training], points)
-        )
+        for step, tokens in sorted({(e.step, e.tokens) for e in own}):
+            points.append((tokens, math.log(together([e for e in own if e.step == step]))))
+        series.append(Series(run.name, colour, run.curve("train/loss"), points))
     return line_chart("Loss", series, x_label="tokens", y_label="nats per token")
 
 
 def perplexity_chart(runs: Sequence[Run], unigram: dict[str, float]) -> str:
     """Bars of the last held-out perplexity: a group per entry, a bar per run, the unigram's in grey."""
-    entries = list(dict.fromkeys(entry for run in runs for entry in perplexities(run)))
-    names = short_entries([entry for entry in entries if entry != ALL])
     groups = []
-    for entry in entries:
+    for entry, name in entries_of(runs).items():
         bars: list[tuple[str, int | None, float]] = [
             (run.name, colour, perplexities(run)[entry])
             for colour, run in enumerate(runs)
             if math.isfinite(perplexities(run).get(entry, math.nan))
         ]
         bars += [("unigram", None, unigram[entry])] if entry in unigram else []
-        groups.append((names[entry], bars))
+        groups.append((name, bars))
     return bar_chart("Held-out perplexity", groups)
+
+
+def perplexity_curves(runs: Sequence[Run]) -> str:
+    """A figure per entry: held-out perplexity over tokens, on a log scale; none if no run has two points."""
+    figures = []
+    for entry, name in entries_of(runs).items():
+        curves = [
+            (f"{run.name}, {average}" if average else run.name, colour, perplexity_curve(run, entry, average))
+            for colour, run in enumerate(runs)
+            for average in ("", *run.averages)
+        ]
+        series = [
+            Series(name, colour, [], [(x, math.log(y)) for x, y in points if math.isfinite(y)])
+            for name, colour, points in curves
+        ]
+        if any(len(one.points) > 1 for one in series):
+            figures.append(small_chart(name, series, y_format=lambda y: short(math.exp(y))))
+    return f'<div class="pairs">{"".join(figures)}</div>' if figures else ""
+
+
+def measure_section(runs: Sequence[Run]) -> str:
+    """Speed, MFU and memory over tokens: a figure for each that some run has logged."""
+    figures = []
+    for measure in MEASURES:
+        series = [Series(run.name, i, run.curve(measure.metric)) for i, run in enumerate(runs)]
+        if any(one.line for one in series):
+            figures.append(small_chart(measure.title, series, from_zero=True, y_format=measure.write))
+    return f'<h2>Speed and memory</h2><div class="pairs">{"".join(figures)}</div>' if figures else ""
+
+
+def small_chart(title: str, series: Sequence[Series], **options: Any) -> str:
+    chart = line_chart(title, series, x_label="tokens", y_label="", size=(450, 220), **options)
+    return f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
 
 
 def router_section(run: Run) -> str:
@@ -96,17 +152,7 @@ def router_section(run: Run) -> str:
         ("Dead experts", "dead_experts", None, lambda value: f"{value:.0f}" if value % 1 == 0 else ""),
     ):
         series = [Series(f"layer {n}", i, values(i, key)) for i, n in enumerate(layers)]
-        chart = line_chart(
-            title,
-            series,
-            x_label="tokens",
-            y_label="",
-            reference=reference,
-            from_zero=True,
-            y_format=write,
-            size=(450, 220),
-        )
-        small.append(f"<figure><figcaption>{title}</figcaption>{chart}</figure>")
+        small.append(small_chart(title, series, reference=reference, from_zero=True, y_format=write))
     return (
         f"<h2>Experts of {escape(run.name)}</h2>"
         '<p class="note">Share of the assignments that each expert receives, before any is dropped. No colour: '
@@ -160,8 +206,10 @@ def make_page(runs: Sequence[Run], title: str = "Report") -> str:
         raise ValueError("a report needs at least one run's folder, LOGS/NAME")
     unigram = unigram_perplexities(list(dict.fromkeys(e.entry for run in runs for e in run.evaluations)))
     head, *rows = summary_rows(runs, unigram)
-    colours = [f'<span class="key s{i % COLOURS}"></span>' for i in range(len(runs))]
-    colours += ['<span class="key neutral"></span>'] * (len(rows) - len(runs))
+    colours = [
+        f'<span class="key s{i % COLOURS}"></span>' for i, run in enumerate(runs) for _ in ("", *run.averages)
+    ]
+    colours += ['<span class="key neutral"></span>'] * (len(rows) - len(colours))
     body = "".join(
         f"<tr><td>{colour}{escape(row[0])}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in row[1:])}</tr>"
         for colour, row in zip(colours, rows, strict=True)
@@ -188,6 +236,8 @@ def make_page(runs: Sequence[Run], title: str = "Report") -> str:
             )
         chart = perplexity_chart(runs, unigram)
         parts.append(f'<h2>Held-out perplexity</h2><p class="note">{note}</p><figure>{chart}</figure>')
+        parts.append(perplexity_curves(runs))
+    parts.append(measure_section(runs))
     parts += [router_section(run) for run in runs if any(line.get("router") for line in run.training)]
     parts.append("<h2>Flags</h2>" + "".join(details(run, colour) for colour, run in enumerate(runs)))
     return (

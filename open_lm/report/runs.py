@@ -7,28 +7,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from open_lm.log.lines import read_lines, supersede
 from open_lm.report.chart import short
 
 ALL = "all held-out text"
 
 
 class Evaluation(NamedTuple):
-    """One --val-data entry at one step: loss in nats per token, and how many tokens it is the mean of."""
+    """One --val-data entry at one step: loss in nats per token, and how many tokens it is the mean of.
+
+    `average` names the averaged weights that were evaluated, "" the run's own.
+    """
 
     step: int
     tokens: int
     entry: str
     loss: float
     val_tokens: int
+    average: str = ""
 
 
 class Run(NamedTuple):
-    """What LOGS/NAME says: the facts of its first line, its training lines, its evaluations, by step."""
+    """What LOGS/NAME says: the facts of its start, its training lines, its evaluations, by step.
+
+    `resumed`: after which steps it went on; `superseded`: lines of steps that it then did again, left out.
+    """
 
     name: str
     facts: dict[str, Any]
     training: list[dict[str, Any]]
     evaluations: list[Evaluation]
+    resumed: tuple[int, ...] = ()
+    superseded: int = 0
 
     @property
     def tokens(self) -> int:
@@ -38,38 +48,35 @@ class Run(NamedTuple):
         )
 
     @property
-    def last(self) -> dict[str, Evaluation]:
-        """The last evaluation of each entry."""
-        return {e.entry: e for e in self.evaluations}
+    def averages(self) -> list[str]:
+        """Names of the averaged weights that were evaluated."""
+        return list(dict.fromkeys(e.average for e in self.evaluations if e.average))
+
+    def last(self, average: str = "") -> dict[str, Evaluation]:
+        """The last evaluation of each entry, of the run's own weights or of an average's."""
+        return {e.entry: e for e in self.evaluations if e.average == average}
+
+    def curve(self, metric: str) -> list[tuple[float, float]]:
+        """(tokens, value) of a training metric, of the lines that have it."""
+        return [(line["tokens"], float(line[metric])) for line in self.training if metric in line]
+
+    def median(self, metric: str) -> float | None:
+        """Over the log's lines: a slow start or a pause does not count."""
+        values = [value for _, value in self.curve(metric) if math.isfinite(value)]
+        return statistics.median(values) if values else None
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Median over the log's lines: a slow start or a pause does not count."""
-        speeds = [
-            line["train/tokens_per_second"] for line in self.training if "train/tokens_per_second" in line
-        ]
-        return statistics.median(speeds) if speeds else None
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """JSON objects of a .jsonl; a last line that was cut off is left out. Raises ValueError on other damage."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    read = []
-    for number, line in enumerate(lines, 1):
-        try:
-            read += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from error
-    return read
+        return self.median("train/tokens_per_second")
 
 
 def read_run(folder: Path) -> Run:
-    """Reads log.jsonl and checkpoints/results.jsonl. Steps that were run again after a resume count once.
+    """Reads log.jsonl and checkpoints/results.jsonl. Of steps that were done again after a resume the later
+    lines count.
 
     Raises ValueError if the folder holds no log.
     """
-    lines = read_lines(folder / "log.jsonl")
+    lines, superseded = supersede(read_lines(folder / "log.jsonl"))
     if not lines:
         raise ValueError(f"{folder}: no log.jsonl with lines in it; name the folder of a run, LOGS/NAME")
     facts: dict[str, Any] = {}
@@ -84,29 +91,32 @@ def read_run(folder: Path) -> Run:
             training.append(line)
         else:
             results.append(line)
-    results += read_lines(folder / "checkpoints" / "results.jsonl")
-    evaluations = [e for line in results if (e := find_evaluation(line))]
-    found = {(e.step, e.entry): e for e in evaluations}
-    return Run(facts.get("name", folder.name), facts, training, sorted(found.values(), key=lambda e: e.step))
+    found = read_evaluations(results)
+    gone = read_evaluations(superseded).keys() - found.keys()
+    for key, one in read_evaluations(read_lines(folder / "checkpoints" / "results.jsonl")).items():
+        if key not in gone:
+            found[key] = one
+    return Run(
+        facts.get("name", folder.name),
+        facts,
+        training,
+        sorted(found.values(), key=lambda e: e.step),
+        tuple(line["resumed"] for line in lines if "resumed" in line),
+        len(superseded),
+    )
 
 
-def find_evaluation(line: dict[str, Any]) -> Evaluation | None:
-    """What a line of log.jsonl (valid/loss; of one among several entries valid/NAME/loss) or of results.jsonl
-    (loss) says; None of a line of another kind, of averaged weights, or of another program."""
-    entry = line.get("val_data")
-    if isinstance(entry, list) and len(entry) == 1:
-        entry = entry[0]
-    if "step" not in line or not isinstance(entry, str) or line.get("average", "none") != "none":
-        return None
-    if "soup" in line or not Path(line.get("checkpoint_path", "epoch_")).name.startswith("epoch_"):
-        return None  # not the run's own weights, but a sum of checkpoints, or an average's file
-    for prefix, tokens in (
-        ("valid/", "tokens"), (f"valid/{line.get('val_name')}/", "tokens"), ("", "train_tokens"),
-    ):  # fmt: skip
-        if line.keys() >= {tokens, f"{prefix}loss", f"{prefix}tokens"}:
-            loss, val_tokens = float(line[f"{prefix}loss"]), line[f"{prefix}tokens"]
-            return Evaluation(line["step"], line[tokens], entry, loss, val_tokens)
-    return None
+def read_evaluations(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str, str], Evaluation]:
+    """The evaluations among `lines`, by step, entry and average; of equal ones the last."""
+    found = {}
+    for line in lines:
+        average = line.get("average") or ""
+        prefix = f"valid/{average}/" if f"valid/{average}/loss" in line else "valid/"
+        keys = ("step", "tokens", "val_data", f"{prefix}loss", f"{prefix}tokens")
+        if line.keys() >= set(keys):  # else a line of another kind, or of another program
+            step, tokens, entry, loss, val_tokens = (line[key] for key in keys)
+            found[step, entry, average] = Evaluation(step, tokens, entry, float(loss), val_tokens, average)
+    return found
 
 
 def together(evaluations: Sequence[Evaluation]) -> float:
@@ -115,10 +125,20 @@ def together(evaluations: Sequence[Evaluation]) -> float:
     return math.exp(min(sum(e.loss * e.val_tokens for e in evaluations) / total, 700.0))
 
 
-def perplexities(run: Run) -> dict[str, float]:
+def perplexities(run: Run, average: str = "") -> dict[str, float]:
     """Last held-out perplexity by entry, and ALL where there are several."""
-    values = {entry: together([e]) for entry, e in run.last.items()}
-    return ({ALL: together(list(run.last.values()))} if len(values) > 1 else {}) | values
+    last = run.last(average)
+    values = {entry: together([e]) for entry, e in last.items()}
+    return ({ALL: together(list(last.values()))} if len(values) > 1 else {}) | values
+
+
+def perplexity_curve(run: Run, entry: str, average: str = "") -> list[tuple[float, float]]:
+    """(tokens, held-out perplexity of an entry) over time; of ALL where every entry was evaluated."""
+    evaluations = [e for e in run.evaluations if e.average == average and entry in (ALL, e.entry)]
+    steps = dict.fromkeys(e.step for e in evaluations)
+    groups = [[e for e in evaluations if e.step == step] for step in steps]
+    whole = len(run.last(average)) if entry == ALL else 1
+    return [(group[0].tokens, together(group)) for group in groups if len(group) == whole]
 
 
 def unigram_perplexities(entries: Sequence[str]) -> dict[str, float]:
@@ -157,9 +177,21 @@ def observations(runs: Sequence[Run], unigram: dict[str, float]) -> list[str]:
                 f", {unigram[name] / value:.2f} times below the unigram perplexity {unigram[name]:,.0f}"
             )
         said.append(sentence + ".")
+        for average in run.averages:
+            name, averaged = next(iter(perplexities(run, average).items()))
+            if name in values and math.isfinite(ratio := averaged / values[name]):
+                place = "below" if ratio < 1 else "above"
+                said.append(
+                    f"{average} of {run.name} reached {averaged:,.1f}, {percent(ratio)} {place} its own weights."
+                )
+    for run in runs:
+        if run.resumed:
+            after = ", ".join(f"{step:,}" for step in run.resumed)
+            left_out = f"; {run.superseded} log lines of steps that it did again are left out"
+            said.append(f"{run.name} was resumed after step {after}{left_out if run.superseded else ''}.")
     first = runs[0]
     for other in runs[1:]:
-        if set(first.last) != set(other.last) or not first.last:
+        if set(first.last()) != set(other.last()) or not first.last():
             continue
         ratio = next(iter(perplexities(other).values())) / next(iter(perplexities(first).values()))
         if not math.isfinite(ratio):
