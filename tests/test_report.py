@@ -8,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.log.lines import short_names
 from open_lm.report import write_report
 from open_lm.report.chart import Series, heat_map, line_chart, spread, thin, ticks
-from open_lm.report.runs import ALL, observations, perplexities, perplexity_curve, read_run
+from open_lm.report.page import short_entries
+from open_lm.report.runs import (
+    ALL,
+    Evaluation,
+    find_evaluation,
+    observations,
+    perplexities,
+    perplexity_curve,
+    read_run,
+)
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -207,11 +215,8 @@ def test_speed_memory_and_averages_are_shown(tmp_path):
         for entry in ("prose", "code"):
             one = evaluation(step, entry, loss, 100)
             found.append(one)
-            # an average's under its own name, as a log line has it, or under the plain one
             averaged = evaluation(step, entry, loss - 0.1, 100) | {"average": "ema_0.9_1"}
-            if entry == "prose":
-                averaged = {k.replace("valid/", "valid/ema_0.9_1/"): v for k, v in averaged.items()}
-            found.append(averaged)
+            found.append({k.replace("valid/", "valid/ema_0.9_1/"): v for k, v in averaged.items()})
     folder = write_run(tmp_path / "run", {}, lines, found)
     run = read_run(folder)
     assert perplexities(run)[ALL] == pytest.approx(math.exp(3.0))
@@ -238,6 +243,22 @@ def test_speed_memory_and_averages_are_shown(tmp_path):
         ElementTree.fromstring("<svg" + piece.split("</svg>")[0] + "</svg>")
 
 
+def test_lines_of_evaluations_in_all_their_forms():
+    """log.jsonl's, of one entry and of one among several; results.jsonl's; none of a sum of checkpoints."""
+    facts = {"step": 3, "checkpoint_path": "a/epoch_1.pt", "average": "none"}
+    forms = [
+        {"tokens": 9, "val_data": "v", "valid/loss": 4.0, "valid/tokens": 7},
+        {"tokens": 9, "val_data": "v", "valid/prose/loss": 4.0, "valid/prose/tokens": 7},
+        {"train_tokens": 9, "val_data": ["v"], "loss": 4.0, "tokens": 7},
+    ]
+    for form in forms:
+        assert find_evaluation(facts | form) == Evaluation(3, 9, "v", 4.0, 7)
+        assert find_evaluation(facts | form | {"soup": []}) is None
+        assert find_evaluation(facts | form | {"average": "ema_1_1"}).average == "ema_1_1"
+        assert find_evaluation(facts | form | {"checkpoint_path": "a/ema_1_1_3.pt"}) is None
+    assert find_evaluation({"step": 3, "train/epoch": 1}) is None
+
+
 def test_odd_runs_still_make_a_page(tmp_path):
     bare = write_run(tmp_path / "bare", {}, [training(10, float("nan"), 1.0)])
     only_evaluated = write_run(tmp_path / "evaluated", {}, [evaluation(5, "pipe:cat a.tar", 800.0, 10)])
@@ -255,8 +276,8 @@ def test_odd_runs_still_make_a_page(tmp_path):
 
 def test_entries_are_named_by_what_differs():
     a, b = "corpus/prose/held_out/manifest.jsonl", "corpus/code/held_out/manifest.jsonl"
-    assert short_names([a, b]) == {a: "prose", b: "code"}
-    assert short_names([a])[a] == "prose/held_out"
+    assert short_entries([a, b]) == {a: "prose", b: "code", ALL: ALL}
+    assert short_entries([a])[a] == "prose/held_out"
 
 
 def test_chart_arithmetic():

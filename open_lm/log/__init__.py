@@ -19,7 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from open_lm.log.heat import ShareHistory
-from open_lm.log.lines import read_lines, short_names, supersede
+from open_lm.log.lines import read_lines, supersede
 from open_lm.log.record import commit, keep_flags
 from open_lm.log.sinks import CLOSE_SECONDS, Record, Sink, TensorBoard, Wandb
 
@@ -42,7 +42,6 @@ class Log:
         self._sinks: list[Sink] = []
         self._shares: dict[int, ShareHistory] = {}
         self._step = self._pictured = 0
-        self._entries: Mapping[str, str] = {}
         self._disk_failed = False
         self._bar: Progress | None = None
         logger.handlers.clear()
@@ -88,8 +87,6 @@ class Log:
             return
         if step is not None:
             self._resume(step)
-        entries = list(dict.fromkeys(flags.get("val_data") or ()))
-        self._entries = short_names(entries) if len(entries) > 1 else {}
         notes, project = flags["wandb_notes"], flags["wandb_project_name"]
         starts: dict[str, Callable] = {
             "tensorboard": lambda: TensorBoard(self.folder, step),
@@ -106,7 +103,7 @@ class Log:
         self._step = step
         lines = self._add_shares(entry)
         due = lines >= self._pictured + PICTURE_LINES
-        self._report(Record(step, flatten(entry, self._entries), self._pictures() if due else {}))
+        self._report(Record(step, flatten(entry), self._pictures() if due else {}))
         if due:
             self._pictured = lines
 
@@ -200,12 +197,9 @@ def open_jsonl(path: Path) -> TextIO:
     return file
 
 
-def flatten(entry: Mapping[str, Any], entries: Mapping[str, str]) -> dict[str, float]:
-    """The numbers of a metrics line; router statistics as `router/layer_2/entropy`. Where a run has several
-    --val-data, `entries` names them: `valid/prose/loss`."""
+def flatten(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics line; router statistics as `router/layer_2/entropy`."""
     numbers: dict[str, float] = {k: v for k, v in entry.items() if isinstance(v, int | float)}
-    if name := entries.get(entry.get("val_data", "")):
-        numbers = {k.replace("valid/", f"valid/{name}/", 1): v for k, v in numbers.items()}
     for layer in entry.get("router", []):
         prefix = f"router/layer_{layer['layer']}"
         for name, value in layer.items():

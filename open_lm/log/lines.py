@@ -37,15 +37,3 @@ def supersede(lines: Sequence[Line]) -> tuple[list[Line], list[Line]]:
             current = [x for x in current if x.get("step", 0) <= line["resumed"]]
         current.append(line)
     return current, superseded
-
-
-def short_names(entries: Sequence[str]) -> dict[str, str]:
-    """Entries without what they have in common: corpus/{prose,code}/held_out/manifest.jsonl → prose, code."""
-    parts = [entry.split("/") for entry in dict.fromkeys(entries)]
-    names = {}
-    for own in parts:
-        others = [p for p in parts if p != own]
-        differing = [word for i, word in enumerate(own) if any(p[i : i + 1] != [word] for p in others)]
-        words = [w for w in (differing or own[-3:]) if w != "manifest.jsonl"]
-        names["/".join(own)] = "/".join(words) or "/".join(own)
-    return names

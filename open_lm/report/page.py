@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
-from open_lm.log.lines import short_names
 from open_lm.report.chart import CHART_STYLE, COLOURS, Series, bar_chart, heat_map, line_chart, short
 from open_lm.report.runs import (
     ALL,
@@ -35,10 +34,22 @@ MEASURES = (
 )
 
 
+def short_entries(entries: Sequence[str]) -> dict[str, str]:
+    """Entries without what they have in common: corpus/{prose,code}/held_out/manifest.jsonl → prose, code."""
+    parts = [entry.split("/") for entry in dict.fromkeys(entries)]
+    names = {}
+    for own in parts:
+        others = [p for p in parts if p != own]
+        differing = [word for i, word in enumerate(own) if any(p[i : i + 1] != [word] for p in others)]
+        words = [w for w in (differing or own[-3:]) if w != "manifest.jsonl"]
+        names["/".join(own)] = "/".join(words) or "/".join(own)
+    return names | {ALL: ALL}
+
+
 def entries_of(runs: Sequence[Run]) -> dict[str, str]:
     """Short names of all runs' --val-data entries, ALL first where there are several."""
     entries = list(dict.fromkeys(entry for run in runs for entry in perplexities(run)))
-    names = short_names([entry for entry in entries if entry != ALL]) | {ALL: ALL}
+    names = short_entries([entry for entry in entries if entry != ALL])
     return {entry: names[entry] for entry in entries}
 
 

@@ -108,15 +108,26 @@ def read_run(folder: Path) -> Run:
 
 def read_evaluations(lines: Sequence[dict[str, Any]]) -> dict[tuple[int, str, str], Evaluation]:
     """The evaluations among `lines`, by step, entry and average; of equal ones the last."""
-    found = {}
-    for line in lines:
-        average = line.get("average") or ""
-        prefix = f"valid/{average}/" if f"valid/{average}/loss" in line else "valid/"
-        keys = ("step", "tokens", "val_data", f"{prefix}loss", f"{prefix}tokens")
-        if line.keys() >= set(keys):  # else a line of another kind, or of another program
-            step, tokens, entry, loss, val_tokens = (line[key] for key in keys)
-            found[step, entry, average] = Evaluation(step, tokens, entry, float(loss), val_tokens, average)
-    return found
+    found = [e for line in lines if (e := find_evaluation(line))]
+    return {(e.step, e.entry, e.average): e for e in found}
+
+
+def find_evaluation(line: dict[str, Any]) -> Evaluation | None:
+    """What a line of log.jsonl (`valid/loss`, or `valid/NAME/loss`) or of results.jsonl (`loss`) says; None of
+    a line of another kind, of sums of checkpoints and averages' files, and of another program's."""
+    entry, average = line.get("val_data"), line.get("average") or "none"
+    if isinstance(entry, list) and len(entry) == 1:
+        entry = entry[0]
+    own = average != "none" or Path(line.get("checkpoint_path", "epoch_")).name.startswith("epoch_")
+    if not isinstance(entry, str) or "soup" in line or not own:
+        return None
+    names = [key for key in line if key.startswith("valid/") and key.endswith("/loss")] + ["loss"]
+    prefix = names[0].removesuffix("loss")
+    seen = "tokens" if prefix else "train_tokens"
+    if not line.keys() >= {"step", seen, f"{prefix}loss", f"{prefix}tokens"}:
+        return None
+    loss, val_tokens = float(line[f"{prefix}loss"]), line[f"{prefix}tokens"]
+    return Evaluation(line["step"], line[seen], entry, loss, val_tokens, "" if average == "none" else average)
 
 
 def together(evaluations: Sequence[Evaluation]) -> float:

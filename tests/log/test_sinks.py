@@ -91,7 +91,7 @@ def read_wandb(folder: Path) -> list[list]:
     from wandb.proto.wandb_internal_pb2 import Record as Saved
 
     runs = []
-    for path in sorted(folder.glob("wandb/*/*.wandb")):
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         data, at, parts, records = path.read_bytes(), 7, b"", []
         while at + 7 <= len(data):
             if 32768 - at % 32768 < 7:  # a block's end too short for a header
