@@ -138,7 +138,7 @@ def test_a_run_does_not_need_wandbs_server(tmp_path, hangs) -> None:
     rows = [row for row in history(offline) if "train/loss" in row]
     assert [(row["step"], row["tokens"]) for row in rows] == [(n, 128 * n) for n in range(1, 7)]
     assert rows[0]["router/layer_0/entropy"] > 0
-    assert history(offline)[-1]["router/layer_0/shares"]["_type"] == "image-file"
+    assert history(offline)[-1]["router/layer_0/shares/_type"] == "image-file"
     metrics = [r.metric for r in offline if r.WhichOneof("record_type") == "metric"]
     assert {(m.glob_name, m.step_metric) for m in metrics if m.glob_name} == {
         (name, "tokens") for name in ("train/*", "valid/*", "router/*")
