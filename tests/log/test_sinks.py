@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import open_lm.train
 from open_lm.log import sinks
 from open_lm.log.sinks import Record, Sink, TensorBoard, run_id
 from open_lm.main import main
@@ -235,19 +236,16 @@ def test_tensorboards_folder_vanishes(tmp_path) -> None:
     assert (tmp_path / "run/checkpoints/epoch_2.pt").exists()
 
 
-def test_a_resumed_run_goes_on_in_its_curves(tmp_path) -> None:
+def test_a_resumed_run_goes_on_in_its_curves(tmp_path, monkeypatch) -> None:
     """It died at step 12, after the checkpoint of step 5: what it then does again is there once, in full."""
     command = f"{RUN} --logs {tmp_path} --name run --report-to tensorboard,wandb --max-steps"
-    os.environ["WANDB_MODE"] = "offline"
-    try:
-        main(shlex.split(f"{command} 12"))
-        for n in (2, 3):
-            for kind in ("epoch", "optimizer", "stats"):
-                (tmp_path / f"run/checkpoints/{kind}_{n}.pt").unlink()
-        time.sleep(1.1)  # the names of TensorBoard's files hold whole seconds
-        main(shlex.split(f"{command} 8 --resume latest --lr 1e-3"))
-    finally:
-        del os.environ["WANDB_MODE"]
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    main(shlex.split(f"{command} 12"))
+    for n in (2, 3):
+        for kind in ("epoch", "optimizer", "stats"):
+            (tmp_path / f"run/checkpoints/{kind}_{n}.pt").unlink()
+    time.sleep(1.1)  # the names of TensorBoard's files hold whole seconds
+    main(shlex.split(f"{command} 8 --resume latest --lr 1e-3"))
     read = scalars(tmp_path / "run/tensorboard")
     assert [e.step for e in read.Scalars("train/loss")] == list(range(1, 9))
     rates = [e.value for e in read.Scalars("train/lr")]
@@ -264,6 +262,18 @@ def test_a_resumed_run_goes_on_in_its_curves(tmp_path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["resumed"] for line in lines if "resumed" in line] == [5]
     assert sum("train/loss" in line for line in lines) == 12 + 3  # nothing is lost
+
+
+def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(open_lm.train, "MAX_SKIPS", 2)
+    command = f"{RUN} --logs {tmp_path} --report-to wandb --max-steps 4"
+    main(shlex.split(f"{command} --name well"))
+    with pytest.raises(RuntimeError, match="not finite"):
+        main(shlex.split(f"{command} --name failed --lr 1e30"))
+    for name, code in (("well", 0), ("failed", 1)):
+        (records,) = read_wandb(tmp_path / name)
+        assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [code]
 
 
 def test_a_folder_without_a_checkpoint_begins_again(tmp_path) -> None:

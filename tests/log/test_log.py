@@ -1,0 +1,55 @@
+"""The text log, strict JSON, and how a run's end is told."""
+
+import json
+import logging
+import shlex
+
+import pytest
+
+from open_lm.config.check import check
+from open_lm.config.parse import parse
+from open_lm.log import Log
+from open_lm.main import main
+
+RUN = "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --epochs 4 \
+ --train-num-samples 640 --lr 1e-2 --warmup 2 --log-every-n-steps 1 --workers 0 --max-steps 4"
+
+
+def test_log_jsonl_is_strict_json(tmp_path) -> None:
+    log = Log(tmp_path, rank=0)
+    log.metrics({"tokens": 3, "train/loss": float("nan"), "deep": [{"a": float("-inf")}]}, 1)
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    read = json.loads(line, parse_constant=refuse)
+    assert (read["train/loss"], read["deep"][0]["a"]) == ("nan", "-inf")
+
+
+def test_debug_says_more(tmp_path) -> None:
+    for name, flag in (("quiet", ""), ("debug", "--debug")):
+        main(shlex.split(f"{RUN} --logs {tmp_path} --name {name} {flag}"))
+    quiet, debug = ((tmp_path / name / "out.log").read_text() for name in ("quiet", "debug"))
+    assert "DEBUG" not in quiet
+    assert "DEBUG | main.py" in debug
+    assert "output.weight: (16, 16) torch.float32" in debug
+    assert "'train/loss': " in debug
+    assert not logging.getLogger("open_lm").handlers
+
+
+def test_report_to_is_checked_before_any_work(monkeypatch) -> None:
+    def refused(value: str) -> str:
+        with pytest.raises(ValueError) as error:
+            check(*parse(shlex.split(f"{RUN} --report-to '{value}'")))
+        return str(error.value)
+
+    assert "--report-to wandb,tensorbord: expected wandb, tensorboard, all" in refused("wandb,tensorbord")
+    assert "expected" in refused("all,x")
+    for value, targets in (("all", 2), ("wandb, tensorboard", 2), ("wandb", 1), ("", 0)):
+        run, given = parse(shlex.split(f"{RUN} --report-to '{value}'"))
+        check(run, given)
+        assert len(run.log.targets) == targets
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "wandb is missing; install it: pip install wandb" in refused("wandb")
