@@ -272,8 +272,11 @@ def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="not finite"):
         main(shlex.split(f"{command} --name failed --lr 1e30"))
     for name, code in (("well", 0), ("failed", 1)):
-        (records,) = read_wandb(tmp_path / name)
-        assert [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"] == [code]
+        codes, end = [], time.monotonic() + 10
+        while not codes and time.monotonic() < end:  # another process writes the file
+            (records,) = read_wandb(tmp_path / name)
+            codes = [r.exit.exit_code for r in records if r.WhichOneof("record_type") == "exit"]
+        assert codes == [code]
 
 
 def test_a_folder_without_a_checkpoint_begins_again(tmp_path) -> None:
