@@ -427,10 +427,12 @@ def test_a_run_evaluates_its_averages_and_so_do_their_files(sources, tmp_path) -
         (step, name) for step in (5, 10) for name in ("none", "ema_0.8_2", "poly_2")
     ]
     raw, ema, poly = results[3:]
-    assert "valid/loss" in raw
-    assert "valid/loss" not in ema  # another curve
-    assert len({raw["valid/loss"], ema["valid/ema_0.8_2/loss"], poly["valid/poly_2/loss"]}) == 3
-    assert [e for e in lines(tmp_path / "run/log.jsonl") if "valid/poly_2/perplexity" in e]
+    assert len({raw["loss"], ema["loss"], poly["loss"]}) == 3
+    logged = [e for e in lines(tmp_path / "run/log.jsonl") if e.get("step") == 10 and "average" in e]
+    assert logged[0]["valid/loss"] == raw["loss"]
+    assert "valid/loss" not in logged[1]  # another curve
+    assert logged[1]["valid/ema_0.8_2/loss"] == ema["loss"]
+    assert logged[2]["valid/poly_2/perplexity"] == poly["perplexity"]
 
     evaluation(sources, tmp_path, f"--resume {folder}/epoch_2.pt --averagers poly_2,ema_0.8_2")
     assert [(r["step"], r["average"]) for r in lines(folder / "results.jsonl")[6:]] == [
@@ -440,12 +442,12 @@ def test_a_run_evaluates_its_averages_and_so_do_their_files(sources, tmp_path) -
     evaluation(sources, tmp_path, f"--resume {folder}/epoch_2.pt --averagers none,ema_0.8_2")
     again = lines(folder / "results.jsonl")[8:]
     assert [r["average"] for r in again] == ["none", "ema_0.8_2"]
-    assert again[0]["valid/loss"] == raw["valid/loss"]
-    assert again[1]["valid/ema_0.8_2/loss"] == ema["valid/ema_0.8_2/loss"]
+    assert again[0]["loss"] == raw["loss"]
+    assert again[1]["loss"] == ema["loss"]
     # the file by itself is a model like any other
     evaluation(sources, tmp_path, f"--pretrained {folder}/ema_0.8_2_2.pt")
     (alone,) = lines(folder / "results.jsonl")[10:]
-    assert alone["valid/loss"] == ema["valid/ema_0.8_2/loss"]
+    assert alone["loss"] == ema["loss"]
     command(sources, tmp_path, f"--pretrained {folder}/ema_0.8_2_2.pt --lr 0 --max-steps 1", name="tuned")
     assert same(
         read(tmp_path / "tuned/checkpoints/epoch_1.pt")["state_dict"],
@@ -515,8 +517,8 @@ def test_soups_are_evaluated_and_trained_on(sources, tmp_path, capsys) -> None:
     evaluation(sources, tmp_path, f"{both} --average-coefficients 0 1")
     evaluation(sources, tmp_path, both)
     _, trained, last, middle = lines(folder / "results.jsonl")
-    assert last["valid/loss"] == trained["valid/loss"]
-    assert middle["valid/loss"] not in (trained["valid/loss"], last["valid/loss"])
+    assert last["loss"] == trained["loss"]
+    assert middle["loss"] not in (trained["loss"], last["loss"])
     assert {e.step for e in read_run(tmp_path / "run").evaluations} == {5, 10}  # a sum is not the run's
     assert middle["soup"] == [[str(path), 0.5] for path in paths]
     extra = f"{both} --average-coefficients .3 .8 --lr 0 --max-steps 1"

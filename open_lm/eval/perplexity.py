@@ -18,7 +18,7 @@ from open_lm.eval.bootstrap import interval
 from open_lm.loss import IGNORE_INDEX
 from open_lm.parallel.gather import gather_alike
 from open_lm.parallel.mesh import World, sum_over_ranks_
-from open_lm.parallel.plan import autocast, reshard_, unwrap
+from open_lm.parallel.plan import autocast, compiled, reshard_, unwrap
 
 NO_TARGET = -1.0  # no negative log-likelihood is so low
 
@@ -58,11 +58,12 @@ def evaluate(
             waited += time.perf_counter() - ready
             nll_BS = torch.full((batch_sequences, seq_len), NO_TARGET, device=world.device)
             if batch is None:  # other ranks still work, and FSDP gathers parameters from this one
-                with autocast(precision, world.device):
+                with autocast(precision, world.device), compiled(False):
                     model(torch.zeros(1, seq_len, dtype=torch.long, device=world.device))
             else:
                 targets_BS = batch.targets_BS.to(world.device)
-                with autocast(precision, world.device):
+                # a last, smaller batch is not worth compiling every block anew
+                with autocast(precision, world.device), compiled(len(targets_BS) == batch_sequences):
                     output = model(batch.tokens_BS.to(world.device), targets_BS)
                 counted_BS = targets_BS != IGNORE_INDEX
                 nll = output.loss.nll_BS

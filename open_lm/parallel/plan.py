@@ -167,6 +167,11 @@ def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextM
     return torch.autocast(device.type, AUTOCAST[precision])
 
 
+def compiled(on: bool) -> AbstractContextManager:
+    """Without `on`, what --torchcompile compiled runs as it is written inside."""
+    return nullcontext() if on else torch.compiler.set_stance("force_eager")
+
+
 def unwrap(model: nn.Module) -> Transformer:
     """The Transformer inside DDP. Its parameters stay sharded under FSDP."""
     if isinstance(model, DistributedDataParallel):
