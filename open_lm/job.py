@@ -1,5 +1,8 @@
 """`Job`: a run whose flags, model, data and checkpoint have been found to agree, before any work."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import checkpoint
+from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring, fetch, newest
 from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
@@ -16,10 +20,33 @@ from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
 from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
+from open_lm.data.remote import is_local
 from open_lm.nn.attention import load_xformers
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import on_first_rank
 from open_lm.parallel.mesh import World
+
+
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run begins with, as rank 0 has read it: other hosts need not see its files."""
+
+    name: str
+    """The path or URL, for people."""
+    file: str
+    """Where rank 0 reads it."""
+    model_config: dict[str, Any] | None
+    state: dict[str, Any] | None
+    """What `checkpoint.save` was given, if the run goes on with it; None: weights alone."""
+    averages: tuple[str, ...] = ()
+    """The averages saved with it."""
+    fetched_to: str | None = None
+    """A temporary folder that holds the file."""
+
+    def discard(self) -> None:
+        """Removes what was fetched for the start alone."""
+        if self.fetched_to:
+            shutil.rmtree(self.fetched_to, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -35,7 +62,7 @@ class Job:
     val_batch_sequences: int
     """Sequences per rank and forward pass in evaluation."""
     folder: Path
-    start_from: str | None
+    start: Start | None
     """The checkpoint of --resume or --pretrained; the first of --average."""
     schedule: Schedule | None
     """None: evaluate and stop."""
@@ -52,16 +79,15 @@ def prepare(
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
-    start_from = mesh.broadcast_object(on_first_rank(lambda: find_start(run, folder) or find_soup(run)))
     averagers = parse_averagers(run.averaging.averagers)
-    if start_from is not None and not trains(run):
-        on_first_rank(lambda: find_averages(start_from, averagers))
+    # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
+    start = mesh.broadcast_object(
+        on_first_rank(lambda: find_start(run, folder, averagers) or find_soup(run, averagers))
+    )
     notes = [*notes, *world.notes]
-    if start_from is not None:
-        saved = checkpoint.read_model_config(start_from)
-        if saved is not None:
-            config, taken = reconcile(config, saved, given, start_from)
-            notes += taken
+    if start is not None and start.model_config is not None:
+        config, taken = reconcile(config, start.model_config, given, start.name)
+        notes += taken
     if config.attn_name.startswith("xformers"):
         load_xformers(world.device)
     val_batch = run.eval.global_val_batch_size or batch.micro_sequences * world.world_size
@@ -80,11 +106,11 @@ def prepare(
             seed=run.optim.seed,
         )
         train_data.check_enough(schedule.end_step)
-        if start_from is not None and run.checkpoint.resume:
-            refuse_changed_run(run, train_data.fingerprint(), start_from)
-            dropped = set(checkpoint.saved_averages(Path(start_from))) - {a.name for a in averagers}
+        if start is not None and start.state is not None:
+            refuse_changed_run(run, train_data.fingerprint(), start.state, start.name)
+            dropped = set(start.averages) - {a.name for a in averagers}
             notes += [
-                f"{start_from} holds the average {n}: without --averagers {n} it ends here" for n in dropped
+                f"{start.name} holds the average {n}: without --averagers {n} it ends here" for n in dropped
             ]
         if run.optim.warmup >= schedule.total_steps and not run.optim.skip_scheduler:
             notes.append(
@@ -116,7 +142,7 @@ def prepare(
         batch=batch,
         val_batch_sequences=val_batch // world.world_size,
         folder=folder,
-        start_from=start_from,
+        start=start,
         schedule=schedule,
         train_data=train_data,
         averagers=averagers,
@@ -131,26 +157,82 @@ def default_name(run: RunConfig, batch: Batch) -> str:
     return f"{date}-model_{Path(run.model.model).stem}-lr_{run.optim.lr}-b_{batch.rank_sequences}"
 
 
-def find_start(run: RunConfig, folder: Path) -> str | None:
-    """The checkpoint to start from. Raises ValueError where it, or the run's folder, does not fit."""
+def remote_folder(run: RunConfig, folder: Path) -> RemoteFolder | None:
+    """The run's folder behind --remote-sync."""
+    url = run.checkpoint.remote_sync
+    return RemoteFolder(f"{url.rstrip('/')}/{folder.name}") if url else None
+
+
+def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> Start | None:
+    """The checkpoint to start from, fetched where it is remote. For rank 0.
+
+    Raises ValueError where it, the run's folder or --remote-sync does not fit; OSError and ImportError too.
+    """
+    remote, training = remote_folder(run, folder), trains(run)
+    if remote is not None and training:
+        remote.check_writable(folder)
+    options = run.checkpoint
+    name = options.resume or options.pretrained
+    flag = "--resume" if options.resume else "--pretrained"
+    whole = training and (options.resume is not None or options.load_pretrained_state)
+    fetched_to = None
+    if name == "latest" and options.resume:
+        file, name = find_latest(folder, remote)
+        if file is None and not training:
+            there = f" or {remote.url}" if remote else ""
+            raise ValueError(f"--resume latest: no checkpoint in {folder / 'checkpoints'}{there}")
+    else:
+        refuse_other_run(run, folder, remote)
+        file = None if name is None else Path(name)
+        if options.resume and remote and options.resume.startswith(f"{remote.url}/{CHECKPOINTS}"):
+            file = bring(remote, folder, Path(options.resume).stem.removeprefix("epoch_"))
+        elif name is not None and not is_local(name):
+            fetched_to = tempfile.mkdtemp(prefix="open_lm-start-")
+            atexit.register(shutil.rmtree, fetched_to, ignore_errors=True)
+            file = fetch(name, Path(fetched_to), whole=whole or bool(averagers))
+        if name is not None and (file is None or not file.is_file()):
+            raise ValueError(f"{flag} {name}: no such file")
+    if name is None or file is None:
+        return None
+    try:
+        state = checkpoint.read_state(file) if whole else None
+    except ValueError as error:
+        raise ValueError(f"--load-pretrained-state: {error}" if options.pretrained else str(error)) from error
+    if not training:
+        find_averages(str(file), averagers)
+    config = checkpoint.read_model_config(file)
+    return Start(name, str(file), config, state, checkpoint.saved_averages(file) if whole else (), fetched_to)
+
+
+def find_latest(folder: Path, remote: RemoteFolder | None) -> tuple[Path | None, str]:
+    """The run's newest complete checkpoint and where it comes from: here, or fetched from --remote-sync."""
+    here = checkpoint.latest(folder / "checkpoints")
+    if remote is not None:
+        step = -1 if here is None else checkpoint.read_step(here)
+        if there := newest(remote, folder, than=step):
+            return there, f"{remote.url}/{CHECKPOINTS}{there.name}"
+    return here, str(here)
+
+
+def refuse_other_run(run: RunConfig, folder: Path, remote: RemoteFolder | None) -> None:
+    """Raises ValueError where training would begin in a folder, or a remote one, that holds a run already."""
     resume = run.checkpoint.resume
-    if resume == "latest":
-        newest = checkpoint.latest(folder / "checkpoints")
-        if newest is None and not trains(run):
-            raise ValueError(f"--resume latest: no checkpoint in {folder / 'checkpoints'}")
-        return None if newest is None else str(newest)
-    path = resume or run.checkpoint.pretrained
-    if path is not None and not Path(path).is_file():
-        raise ValueError(f"{'--resume' if resume else '--pretrained'} {path}: no such file")
-    continues_here = resume is not None and Path(resume).resolve().is_relative_to(folder.resolve())
-    if (folder / "log.jsonl").exists() and trains(run) and not continues_here:
+    if not trains(run):
+        return
+    here = resume is not None and is_local(resume) and Path(resume).resolve().is_relative_to(folder.resolve())
+    there = resume is not None and remote is not None and resume.startswith(f"{remote.url}/")
+    if here or there:
+        return
+    taken = str(folder) if (folder / "log.jsonl").exists() else None
+    if taken is None and remote is not None and "log.jsonl" in remote.sizes():
+        taken = remote.url
+    if taken is not None:
         raise ValueError(
-            f"{folder} already holds a run: give another --name, or --resume latest to continue it"
+            f"{taken} already holds a run: give another --name, or --resume latest to continue it"
         )
-    return path
 
 
-def find_soup(run: RunConfig) -> str | None:
+def find_soup(run: RunConfig, averagers: Sequence[Averager]) -> Start | None:
     """The first checkpoint of --average. Raises ValueError where one is missing or of another architecture."""
     paths = run.averaging.average or ()
     for path in paths:
@@ -164,7 +246,11 @@ def find_soup(run: RunConfig) -> str | None:
         if differ:
             values = "; ".join(f"{key}: {here[key]} and {there[key]}" for key in differ)
             raise ValueError(f"--average {first} {path}: not of one architecture ({values})")
-    return paths[0] if paths else None
+    if not paths:
+        return None
+    if not trains(run):
+        find_averages(paths[0], averagers)
+    return Start(paths[0], paths[0], checkpoint.read_model_config(paths[0]), None)
 
 
 def find_averages(path: str, averagers: Sequence[Averager]) -> None:
@@ -175,9 +261,8 @@ def find_averages(path: str, averagers: Sequence[Averager]) -> None:
             raise ValueError(f"--averagers {averager.name}: {path} was saved without it, there is no {file}")
 
 
-def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], path: str) -> None:
+def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], state: dict[str, Any], path: str) -> None:
     """Raises ValueError where the data, their order or the weights' dtype are not those of the checkpoint."""
-    state = checkpoint.read_state(path)
     saved = state["data"]
     changed = [
         f"{key}: {saved.get(key)!r} there, {fingerprint.get(key)!r} here"

@@ -16,15 +16,17 @@ from torch import nn
 
 from open_lm import checkpoint
 from open_lm.averaging import Average, averaged
+from open_lm.checkpoint.sync import Sync, delete_before
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check
 from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.data.loader import ValData
+from open_lm.data.remote import is_local
 from open_lm.eval.perplexity import evaluate
 from open_lm.flops import FORMULA
-from open_lm.job import Job, prepare
+from open_lm.job import Job, prepare, remote_folder
 from open_lm.log import Log, jsonable, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
@@ -96,10 +98,11 @@ def agree(prepare: Callable[[], T]) -> T:
 
 
 def execute(job: Job) -> None:
-    """Trains, or evaluates once, with a log open."""
+    """Trains, or evaluates once, with a log open. Exit status 3: done, but not all is copied to --remote-sync."""
     run, world = job.run, job.world
     log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
     total, active = count_parameters(job.config)
+    written, sync, copied = checkpoints_before(job), None, True
     try:
         log.describe(
             flag_values(run),
@@ -120,6 +123,7 @@ def execute(job: Job) -> None:
         )
         if world.device.type == "cuda":
             logger.info(FORMULA)
+        sync = start_sync(job, written)
         model = parallelize(
             job.config,
             world=world,
@@ -135,9 +139,15 @@ def execute(job: Job) -> None:
         if job.schedule is None:
             evaluate_once(job, model, log)
         else:
-            train_all(job, job.schedule, model, log)
+            train_all(job, job.schedule, model, log, sync, written)
     finally:
-        log.close(failed=sys.exc_info()[0] is not None)
+        failed = sys.exc_info()[0] is not None
+        log.close_metrics(failed)  # what they still held belongs into the last copy
+        if sync is not None:
+            copied = sync.close()
+        log.close(failed)
+    if not copied:
+        raise SystemExit(3)
 
 
 def device_name(device: torch.device) -> str:
@@ -149,22 +159,24 @@ def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
 
     With --averagers these alone are evaluated, as open_lm does; the weights themselves if `none` is among them.
     """
-    assert job.start_from is not None
+    assert job.start is not None
     log.begin(job.run.log.targets, flag_values(job.run))
     if job.run.averaging.average:
         load_soup(job, model)
-        evaluate_all(job, model, log, Progress(), job.start_from)
+        evaluate_all(job, model, log, Progress(), job.start.name)
         return
     with refusing():
-        saved = checkpoint.load_weights(job.start_from, model)
+        saved = checkpoint.load_weights(job.start.file, model)
     progress = Progress(step=saved.get("step") or 0, tokens=saved.get("tokens") or 0)
     if not job.averagers or NONE in (job.run.averaging.averagers or "").split(","):
-        evaluate_all(job, model, log, progress, job.start_from)
+        evaluate_all(job, model, log, progress, job.start.name)
     for averager in job.averagers:
         average = Average(averager, model)
         with refusing():
-            checkpoint.load_averages(job.start_from, [average], model)
-        evaluate_average(job, model, average, log, progress, job.start_from)
+            checkpoint.load_averages(job.start.file, [average], model)
+        evaluate_average(job, model, average, log, progress, job.start.name)
+    if job.world.is_first:
+        job.start.discard()
 
 
 def evaluate_average(
@@ -186,39 +198,66 @@ def load_soup(job: Job, model: nn.Module) -> None:
 
 def load_averages(job: Job, averages: Sequence[Average], model: nn.Module, step: int) -> None:
     """The averages beside the checkpoint that is resumed; one that it lacks starts at its weights."""
-    assert job.start_from is not None
+    assert job.start is not None
     with refusing():
-        missing = checkpoint.load_averages(job.start_from, averages, model)
+        missing = checkpoint.load_averages(job.start.file, averages, model)
     for name in missing:
         logger.warning(
             "--averagers %s: %s was saved without it: the average starts from the weights of step %d",
-            name, job.start_from, step,
+            name, job.start.name, step,
         )  # fmt: skip
 
 
-def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
-    """The whole run: restore, train, save and evaluate at the end of every interval."""
+def checkpoints_before(job: Job) -> list[str]:
+    """Labels of the checkpoints, oldest first, that --delete-previous-checkpoint may delete once there is a newer
+    one: those that the run wrote under this flag, and the one it goes on from."""
+    folder = job.folder / "checkpoints"
+    if job.start is None or job.start.state is None or Path(job.start.file).parent != folder:
+        return []
+    label = Path(job.start.file).stem.removeprefix("epoch_")
+    before = [each for each in job.start.state.get("written", []) if each != label]
+    return before if label == checkpoint.LATEST else [*before, label]
+
+
+def start_sync(job: Job, written: list[str]) -> Sync | None:
+    """Copies to --remote-sync from now on; on rank 0, while training."""
+    options, remote = job.run.checkpoint, remote_folder(job.run, job.folder)
+    if remote is None or job.schedule is None or job.world.rank:
+        return None
+    deletable = written if options.delete_previous_checkpoint else None
+    return Sync(job.folder, remote, every_seconds=options.remote_sync_frequency, written=deletable)
+
+
+def train_all(
+    job: Job, schedule: Schedule, model: nn.Module, log: Log, sync: Sync | None, written: list[str]
+) -> None:
+    """The whole run: restore, train, save and evaluate at the end of every interval.
+
+    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint.
+    """
     run, world, data = job.run, job.world, job.train_data
     assert data is not None
     optimizer = make_optimizer(model, run.optim)
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
     progress = Progress()
-    if run.checkpoint.pretrained:
-        with refusing():
-            checkpoint.load_weights(run.checkpoint.pretrained, model)
-        logger.info("weights from %s, a new optimizer at step 0", run.checkpoint.pretrained)
-    elif run.averaging.average:
+    if run.averaging.average:
         load_soup(job, model)
-    elif job.start_from:
+    elif job.start and job.start.state is None:
         with refusing():
-            state = checkpoint.load_training_state(job.start_from, model, optimizer)
+            checkpoint.load_weights(job.start.file, model)
+        logger.info("weights from %s, a new optimizer at step 0", job.start.name)
+    elif job.start:
+        with refusing():
+            state = checkpoint.load_training_state(job.start.file, model, optimizer)
         progress = Progress(**state["progress"])
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
-        logger.info("resumed %s at step %d, %d tokens", job.start_from, progress.step, progress.tokens)
+        logger.info("resumed %s at step %d, %d tokens", job.start.name, progress.step, progress.tokens)
     averages = [Average(averager, model) for averager in job.averagers]
-    if run.checkpoint.resume and job.start_from:
+    if job.start and job.start.state is not None:
         load_averages(job, averages, model, progress.step)
+    if job.start and world.is_first:
+        job.start.discard()
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
         return
@@ -229,7 +268,9 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
         last = progress.step == schedule.end_step
         every = run.checkpoint.save_frequency
         path = folder / f"epoch_{n}.pt"
-        if last or (every and n % every == 0):
+        keep = last or (every and n % every == 0)
+        labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * run.checkpoint.save_most_recent
+        if labels:
             state = {
                 "name": job.folder.name,
                 "step": progress.step,
@@ -238,9 +279,20 @@ def train_all(job: Job, schedule: Schedule, model: nn.Module, log: Log) -> None:
                 "loss_scale": loss_scale.state_dict() if loss_scale else None,
                 "data": data.fingerprint(),
                 "flags": flag_values(run),
+                "written": list(written),
             }
-            checkpoint.save(folder, n, model=model, optimizer=optimizer, state=state, averages=averages)
-            logger.info("saved %s at step %d", path, progress.step)
+            saved = checkpoint.save(
+                folder, n, model=model, optimizer=optimizer, state=state, averages=averages, labels=labels
+            )
+            logger.info("saved %s at step %d", saved, progress.step)
+        if keep and run.checkpoint.delete_previous_checkpoint and world.is_first:
+            if str(n) in written:  # written again: it was cut short
+                written.remove(str(n))
+            written.append(str(n))
+            if sync is None:
+                delete_before(job.folder, written, str(n))
+        if labels and sync is not None:
+            sync.wake()
         if job.val_data and (last or n % run.eval.val_frequency == 0):
             evaluate_all(job, model, log, progress, str(path))
             for average in averages:
@@ -299,7 +351,10 @@ def evaluate_all(
         log.metrics(entry, progress.step)
         if job.world.rank == 0:
             logger.info(("" if average == NONE else f"{average}: ") + describe_result(val_data, result))
-            append_result(path, {"step": progress.step, "val_data": [val_data.entry], **facts, **result})
+            append_result(
+                results_path(job, path),
+                {"step": progress.step, "val_data": [val_data.entry], **facts, **result},
+            )
 
 
 def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
@@ -313,13 +368,15 @@ def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
     return " | ".join([*parts, f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"])
 
 
-def append_result(checkpoint_path: str, entry: dict[str, Any]) -> None:
-    """A line in results.jsonl beside the checkpoint, by open_lm's names; only a warning where that is read-only
-    or remote (what is remote cannot be appended to)."""
-    path = Path(checkpoint_path).parent / "results.jsonl"
+def results_path(job: Job, checkpoint_path: str) -> Path:
+    """results.jsonl beside the checkpoint; in the run's folder where that is remote: it cannot be appended to."""
+    folder = Path(checkpoint_path).parent if is_local(checkpoint_path) else job.folder / "checkpoints"
+    return folder / "results.jsonl"
+
+
+def append_result(path: Path, entry: dict[str, Any]) -> None:
+    """A line in results.jsonl, by open_lm's names; only a warning where that is read-only."""
     try:
-        if "://" in checkpoint_path:
-            raise OSError(f"{checkpoint_path} is remote")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(jsonable(entry)) + "\n")

@@ -1,4 +1,4 @@
-"""Tiny models, and `spawn`, which runs a function of a test file on several gloo ranks."""
+"""Tiny models, and `spawn`, which runs a function of a test file on several gloo ranks, and an S3 server."""
 
 import gzip
 import inspect
@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,3 +110,37 @@ def sources(tmp_path_factory) -> list[str]:
         write_source(folder / "b", [60, 40], 16, 16, seed=2),
         write_source(folder / "held_out", [37], 16, 16, seed=1),
     ]
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch):
+    """`s3://bucket` on a real HTTP server: `upload(folder)` copies a folder's files to its root; `upload.stop()`
+    ends the server."""
+    import boto3
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    urllib.request.urlopen(f"http://{host}:{port}/moto-api/reset", data=b"").close()  # moto keeps its buckets
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+
+    def upload(folder: Path) -> None:
+        for path in folder.iterdir():
+            client.put_object(Bucket="bucket", Key=path.name, Body=path.read_bytes())
+
+    upload.stop = server.stop
+    yield upload
+    client.close()
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -1,5 +1,5 @@
 """Checkpoints: epoch_N.pt (weights), optimizer_N.pt, stats_N.pt and an AVERAGER_N.pt for each average, whole
-tensors whatever the sharding.
+tensors whatever the sharding; N is an interval's number or `latest`.
 
 Every file holds "step", so that files of different saves are never taken for one checkpoint; nothing in a
 file is executed when it is loaded. `save` and `load_…` are collective: every rank calls them, rank 0 alone
@@ -23,6 +23,8 @@ from open_lm.checkpoint.average import (
     saved_average,
 )
 from open_lm.checkpoint.files import (
+    LATEST,
+    alias,
     all_paths,
     latest,
     paths_of,
@@ -32,6 +34,7 @@ from open_lm.checkpoint.files import (
     remove_temporaries,
     replace,
     saved_averages,
+    step_of,
     temporary,
     write,
 )
@@ -42,6 +45,7 @@ from open_lm.parallel.mesh import broadcast_object, this_rank
 from open_lm.parallel.plan import reshard_, unwrap
 
 __all__ = [
+    "LATEST",
     "all_paths",
     "latest",
     "load_averages",
@@ -51,6 +55,7 @@ __all__ = [
     "path_of_average",
     "read_model_config",
     "read_state",
+    "read_step",
     "save",
     "saved_averages",
 ]
@@ -64,8 +69,11 @@ def save(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
     averages: Sequence[Average] = (),
+    labels: Sequence[str] = (),
 ) -> Path:
-    """Write epoch_`number`.pt and its companions; returns its path. Collective.
+    """Write epoch_LABEL.pt and its companions for each label (default: `number`); returns the first's path.
+
+    Collective.
 
     `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file)
     comes back from `load_training_state`. All files are complete on disk before the first takes its place.
@@ -73,7 +81,8 @@ def save(
     """
     folder = Path(folder)
     names = [average.name for average in averages]
-    paths = paths_of(folder / f"epoch_{number}.pt", names)
+    first, *others = labels or (str(number),)
+    paths = paths_of(folder / f"epoch_{first}.pt", names)
     header = {"epoch": number, "name": state.get("name", "")}
     header |= {"step": state["step"], "tokens": state.get("tokens")}
     reshard_(model)
@@ -97,6 +106,8 @@ def save(
             remove_temporaries(folder)
         raise
     on_first_rank(lambda: replace(paths))
+    for label in others:
+        on_first_rank(lambda label=label: alias(paths["epoch"], label))
     return paths["epoch"]
 
 
@@ -138,6 +149,12 @@ def load_training_state(
 def read_state(path: Path | str) -> dict[str, Any]:
     """The `state` that `save` was given, of epoch_N.pt at `path`; errors as for `load_training_state`."""
     return read_training_state(Path(path))[1]
+
+
+def read_step(path: Path | str) -> int:
+    """Steps done when epoch_N.pt was written; -1 if it does not say."""
+    step = step_of(Path(path))
+    return -1 if step is None else step
 
 
 def read_model_config(path: Path | str) -> dict[str, Any] | None:

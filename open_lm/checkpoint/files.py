@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 PARTS = ("optimizer", "stats", "epoch")  # the order of the renames: where the epoch is, the others are
+LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
+# Every file of a checkpoint: its part (of an average, its name, such as ema_0.99_1) and label.
+FILE = re.compile(r"(epoch|optimizer|stats|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
 
 
 def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
@@ -20,12 +24,12 @@ def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
 
     Raises ValueError if it is named otherwise.
     """
-    match = re.fullmatch(r"epoch_(\d+)\.pt", epoch.name)
-    if not match:
+    match = FILE.fullmatch(epoch.name)
+    if not match or match[1] != "epoch":
         raise ValueError(
             f"{epoch} is not named epoch_N.pt: to start from its weights alone, use --pretrained"
         )
-    return {part: epoch.with_name(f"{part}_{match[1]}.pt") for part in (*averagers, *PARTS)}
+    return {part: epoch.with_name(f"{part}_{match[2]}.pt") for part in (*averagers, *PARTS)}
 
 
 def all_paths(epoch: Path) -> dict[str, Path]:
@@ -39,6 +43,35 @@ def saved_averages(epoch: Path) -> tuple[str, ...]:
         return tuple(read(epoch).get("averagers", ()))
     except (OSError, ValueError):
         return ()
+
+
+def group(names: Iterable[str]) -> dict[str, list[str]]:
+    """{label: its files' names, epoch_N.pt last} of the names that are checkpoints' files, finished ones alone."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(names, key=lambda name: name.startswith("epoch_")):
+        if match := FILE.fullmatch(name):
+            groups.setdefault(match[2], []).append(name)
+    return groups
+
+
+def delete(folder: Path, label: str) -> None:
+    """Remove every file of a checkpoint, epoch_N.pt first: what is left of a killed removal is no checkpoint."""
+    for name in reversed(group(path.name for path in folder.glob("*.pt")).get(label, [])):
+        (folder / name).unlink(missing_ok=True)
+
+
+def alias(epoch: Path, label: str) -> None:
+    """Give a complete checkpoint a second label, atomically; no second copy where the disk has hard links."""
+    sources = all_paths(epoch)
+    paths = paths_of(epoch.with_name(f"epoch_{label}.pt"), saved_averages(epoch))
+    for part, source in sources.items():
+        target = temporary(paths[part])
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+    replace(paths)
 
 
 def temporary(path: Path) -> Path:
@@ -58,7 +91,8 @@ def prepare(folder: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Remove unfinished files."""
     for path in folder.glob("*_*.pt.tmp"):
-        path.unlink(missing_ok=True)
+        if FILE.fullmatch(path.stem):
+            path.unlink(missing_ok=True)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
@@ -144,25 +178,38 @@ def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[
 
 
 def latest(folder: Path | str) -> Path | None:
-    """The epoch_N.pt with the highest N whose files are all there and of one step; None if there is none.
+    """The complete epoch_N.pt or epoch_latest.pt of the highest step; None if there is none.
 
-    Finishes a save that was killed between its renames; warns of a checkpoint it passes over. For one rank.
+    Complete: its files are all there and of one step. Finishes a save that was killed between its renames;
+    warns of a checkpoint it passes over. For one rank.
     """
     folder = Path(folder)
-    found = (re.fullmatch(r"epoch_(\d+)\.pt(\.tmp)?", path.name) for path in folder.glob("epoch_*"))
-    for number in sorted({int(match[1]) for match in found if match}, reverse=True):
-        epoch = folder / f"epoch_{number}.pt"
+    found = (FILE.fullmatch(path.name.removesuffix(".tmp")) for path in folder.glob("epoch_*"))
+    labels = {match[2] for match in found if match and match[1] == "epoch"}
+    numbers = sorted(labels - {LATEST}, key=int, reverse=True)
+    best: tuple[int, Path] | None = None
+    for candidates in (numbers, labels & {LATEST}):
+        newest = next(_complete(folder, candidates), None)
+        if newest is not None and (best is None or newest[0] > best[0]):
+            best = newest
+    return best and best[1]
+
+
+def _complete(folder: Path, labels: Iterable[str]) -> Iterator[tuple[int, Path]]:
+    """(Step, epoch_N.pt) of the checkpoints that are complete."""
+    for label in labels:
+        epoch = folder / f"epoch_{label}.pt"
         _finish_renames(epoch)
         paths = all_paths(epoch)
-        steps = {path.name: _step(path) for path in paths.values()}
-        if None not in steps.values() and len(set(steps.values())) == 1:
-            return paths["epoch"]
-        if paths["epoch"].exists():
+        steps = {path.name: step_of(path) for path in paths.values()}
+        (step, *others) = set(steps.values())
+        if step is not None and not others:
+            yield step, paths["epoch"]
+        elif paths["epoch"].exists():
             warnings.warn(
                 f"{paths['epoch']} is passed over: its files must be of one step, but have {steps}",
-                stacklevel=2,
+                stacklevel=4,
             )
-    return None
 
 
 def _finish_renames(epoch: Path) -> None:
@@ -170,14 +217,14 @@ def _finish_renames(epoch: Path) -> None:
     paths = paths_of(epoch, saved_averages(temporary(epoch)))  # renamed last: while others wait, it does
     waiting = [part for part in paths if temporary(paths[part]).exists()]
     files = [temporary(paths[part]) if part in waiting else paths[part] for part in paths]
-    steps = {_step(file) for file in files}
+    steps = {step_of(file) for file in files}
     if waiting and len(steps) == 1 and None not in steps:
         for part in waiting:
             with contextlib.suppress(FileNotFoundError):  # another process was quicker
                 os.replace(temporary(paths[part]), paths[part])
 
 
-def _step(path: Path) -> int | None:
+def step_of(path: Path) -> int | None:
     """The step that a file is of; None if it is missing, broken or does not say."""
     try:
         return read(path).get("step")

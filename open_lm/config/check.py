@@ -7,6 +7,7 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from open_lm.config.averaging import AveragingConfig, coefficients_of, parse_averagers
+from open_lm.config.checkpoint import CheckpointConfig
 from open_lm.config.data import DataConfig
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
@@ -57,6 +58,7 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
         warnings.append("--val-max-pop-ci does nothing without --val-seq-ci or --val-tok-ci")
     _check_optim(run.optim, given)
     _check_distributed(run.distributed, run.optim, given)
+    _check_checkpoint(run.checkpoint, trains(run))
     _check_purpose(run)
     warnings += _check_averaging(run)
     _check_log(run.log)
@@ -208,6 +210,21 @@ def _check_distributed(parallel: DistributedConfig, optim: OptimConfig, given: C
         raise ValueError("--ddp-static-graph is DDP's, but --fsdp is given: drop one")
 
 
+def _check_checkpoint(checkpoint: CheckpointConfig, trains: bool) -> None:
+    if checkpoint.save_frequency < 0:
+        raise ValueError(f"--save-frequency {checkpoint.save_frequency}: expected 0 or more")
+    if checkpoint.remote_sync_frequency < 1:
+        raise ValueError(
+            f"--remote-sync-frequency {checkpoint.remote_sync_frequency}: expected 1 second or more"
+        )
+    if checkpoint.load_pretrained_state and not checkpoint.pretrained:
+        raise ValueError(
+            "--load-pretrained-state needs --pretrained (--resume goes on with all state anyway)"
+        )
+    if checkpoint.load_pretrained_state and not trains:
+        raise ValueError("--load-pretrained-state goes on training, but no training data are given")
+
+
 def _check_purpose(run: RunConfig) -> None:
     """Train, or evaluate a checkpoint: the flags must say which."""
     start, pretrained = run.checkpoint.resume, run.checkpoint.pretrained
@@ -215,8 +232,6 @@ def _check_purpose(run: RunConfig) -> None:
         raise ValueError(
             f"--resume {start} continues a run, --pretrained {pretrained} starts a new one: use one"
         )
-    if run.checkpoint.save_frequency < 0:
-        raise ValueError(f"--save-frequency {run.checkpoint.save_frequency}: expected 0 or more")
     if trains(run):
         if run.data.train_num_samples is None:
             raise ValueError("--train-num-samples (tokens in a checkpoint interval) is needed for training")

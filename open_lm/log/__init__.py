@@ -128,8 +128,8 @@ class Log:
             self._bar.stop()
             self._bar = None
 
-    def close(self, failed: bool = False) -> None:
-        """Flushes and closes everything, in bounded time. `failed`: the run ends by an error."""
+    def close_metrics(self, failed: bool = False) -> None:
+        """Flushes and closes everything but the text log, in bounded time. `failed`: the run ends by an error."""
         self.end_progress()
         if self._sinks and (pictures := self._pictures()):
             self._report(Record(self._step, {}, pictures))
@@ -145,6 +145,10 @@ class Log:
             except OSError as error:
                 logger.warning("log.jsonl could not be completed: %s", error)
             self._jsonl = None
+
+    def close(self, failed: bool = False) -> None:
+        """`close_metrics`, and the text log."""
+        self.close_metrics(failed)
         for handler in list(logger.handlers):
             handler.close()
             logger.removeHandler(handler)

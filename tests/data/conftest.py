@@ -1,4 +1,4 @@
-"""Tar shards written by the standard library, an S3 server, and a shard cache of the test's own."""
+"""Tar shards written by the standard library, and a shard cache of the test's own."""
 
 import gzip
 import io
@@ -56,34 +56,3 @@ def write_source(write_shard: Callable) -> Callable:
         return str(manifest)
 
     return write
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch):
-    """`s3://bucket` on a real HTTP server: `upload(folder)` copies a folder's files to its root."""
-    import boto3
-    import s3fs
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    s3fs.S3FileSystem.clear_instance_cache()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="bucket")
-
-    def upload(folder: Path) -> None:
-        for path in folder.iterdir():
-            client.put_object(Bucket="bucket", Key=path.name, Body=path.read_bytes())
-
-    yield upload
-    client.close()
-    s3fs.S3FileSystem.clear_instance_cache()
-    server.stop()
