@@ -3,31 +3,27 @@
 python -m open_lm.main --help
 """
 
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 
 from open_lm import checkpoint
-from open_lm.averaging import Average, averaged
+from open_lm.averaging import Average
 from open_lm.checkpoint.sync import Sync, delete_before
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check
 from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
-from open_lm.data.loader import ValData
-from open_lm.data.remote import is_local
-from open_lm.eval.perplexity import evaluate
 from open_lm.flops import FORMULA
 from open_lm.job import Job, prepare, remote_folder
-from open_lm.log import Log, jsonable, logger
+from open_lm.log import Log, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
@@ -37,6 +33,7 @@ from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.launch import claimed_rank, find_ranks
 from open_lm.parallel.plan import parallelize
 from open_lm.train import train
+from open_lm.validation import evaluate_all, evaluate_average
 
 T = TypeVar("T")
 
@@ -179,14 +176,6 @@ def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
         job.start.discard()
 
 
-def evaluate_average(
-    job: Job, model: nn.Module, average: Average, log: Log, progress: Progress, path: str
-) -> None:
-    """`evaluate_all` with the averaged weights."""
-    with averaged(model, average):
-        evaluate_all(job, model, log, progress, path, average.name)
-
-
 def load_soup(job: Job, model: nn.Module) -> None:
     """The weights of --average into `model`."""
     paths, coefficients = job.run.averaging.average or (), coefficients_of(job.run.averaging)
@@ -316,72 +305,6 @@ def train_all(
         averages=averages,
         averaged_loss_every=run.averaging.log_avg_model_training_loss,
     )
-
-
-def evaluate_all(
-    job: Job, model: nn.Module, log: Log, progress: Progress, path: str, average: str = NONE
-) -> None:
-    """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`.
-
-    `average` names what `model` holds: metrics of an average are `valid/NAME/…`, apart from `valid/…`.
-    """
-    for val_data in job.val_data:
-        result = evaluate(
-            model,
-            val_data,
-            batch_sequences=job.val_batch_sequences,
-            world=job.world,
-            precision=job.run.optim.precision,
-            config=job.run.eval,
-        )
-        result["train_tokens"] = progress.tokens
-        facts: dict[str, Any] = {
-            "val_name": val_data.name,
-            "checkpoint_path": path,
-            "model": job.run.model.model,
-            "average": average,
-        }
-        if job.run.averaging.average and job.schedule is None:
-            coefficients = coefficients_of(job.run.averaging)
-            facts["soup"] = [list(term) for term in zip(job.run.averaging.average, coefficients, strict=True)]
-        prefix = "valid" if average == NONE else f"valid/{average}"
-        prefix += f"/{val_data.name}" if len(job.val_data) > 1 else ""
-        entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
-        entry |= {f"{prefix}/{name}": value for name, value in result.items()}
-        log.metrics(entry, progress.step)
-        if job.world.rank == 0:
-            logger.info(("" if average == NONE else f"{average}: ") + describe_result(val_data, result))
-            append_result(
-                results_path(job, path),
-                {"step": progress.step, "val_data": [val_data.entry], **facts, **result},
-            )
-
-
-def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
-    """A log line for people."""
-    parts = [f"{val_data.name}, {val_data.entry}" if val_data.name else val_data.entry]
-    parts[0] += f": loss {result['loss']:.6f}"
-    for kind in ("sequences", "tokens"):
-        if f"loss_{kind}_lower_95" in result:
-            ends = (result[f"loss_{kind}_{end}_95"] for end in ("lower", "upper"))
-            parts.append("95 % over {} {:.6f} … {:.6f}".format(kind, *ends))
-    return " | ".join([*parts, f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"])
-
-
-def results_path(job: Job, checkpoint_path: str) -> Path:
-    """results.jsonl beside the checkpoint; in the run's folder where that is remote: it cannot be appended to."""
-    folder = Path(checkpoint_path).parent if is_local(checkpoint_path) else job.folder / "checkpoints"
-    return folder / "results.jsonl"
-
-
-def append_result(path: Path, entry: dict[str, Any]) -> None:
-    """A line in results.jsonl, by open_lm's names; only a warning where that is read-only."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(entry)) + "\n")
-    except OSError as error:
-        logger.warning("results.jsonl could not be written (log.jsonl holds the metrics): %s", error)
 
 
 if __name__ == "__main__":

@@ -120,16 +120,12 @@ def one_shard(folder: Path):
 
 
 def test_results_that_cannot_be_written_are_warned_of(sources, tmp_path) -> None:
-    from open_lm.main import append_result
-
     train(sources, tmp_path, "--max-steps 5")
     (tmp_path / "run/checkpoints/results.jsonl").mkdir()  # even root cannot append to a folder
     evaluate(tmp_path, f"--val-data {sources[2]}")
     text = (tmp_path / "evaluation/out.log").read_text()
     assert "results.jsonl could not be written (log.jsonl holds the metrics)" in text
     assert "valid/loss" in validation(tmp_path, "evaluation")[0]
-    append_result("s3://bucket/run/checkpoints/epoch_1.pt", {"loss": 1.0})
-    assert not Path("s3:").exists()
 
 
 def test_masks_act_in_training_and_evaluation_and_belong_to_the_run(sources, tmp_path, capsys) -> None:

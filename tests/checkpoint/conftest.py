@@ -19,9 +19,10 @@ def write_checkpoint() -> Callable:
 
     def write(folder: Path, label: str, step: int, parts=(*files.PARTS[:2], "ema_0.9_1", "epoch")) -> None:
         paths = {part: folder / f"checkpoints/{part}_{label}.pt" for part in parts}
+        averages = [part for part in parts if part not in files.PARTS]
         files.prepare(folder / "checkpoints")
         for part, path in paths.items():
-            files.write(files.temporary(path), {"step": step, "part": part})
+            files.write(files.temporary(path), {"step": step, "averagers": averages})
         files.replace(paths)
 
     return write

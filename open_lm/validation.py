@@ -1,0 +1,90 @@
+"""Every --val-data entry of a job evaluated: a line in the log, for people, and in results.jsonl."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from open_lm.averaging import Average, averaged
+from open_lm.config.averaging import NONE, coefficients_of
+from open_lm.data.loader import ValData
+from open_lm.data.remote import is_local
+from open_lm.eval.perplexity import evaluate
+from open_lm.job import Job
+from open_lm.log import Log, jsonable, logger
+from open_lm.metrics import Progress
+
+
+def evaluate_all(
+    job: Job, model: nn.Module, log: Log, progress: Progress, path: str, average: str = NONE
+) -> None:
+    """Each --val-data entry by itself: to the log, and to results.jsonl beside the checkpoint at `path`.
+
+    `average` names what `model` holds: metrics of an average are `valid/NAME/…`, apart from `valid/…`.
+    """
+    for val_data in job.val_data:
+        result = evaluate(
+            model,
+            val_data,
+            batch_sequences=job.val_batch_sequences,
+            world=job.world,
+            precision=job.run.optim.precision,
+            config=job.run.eval,
+        )
+        result["train_tokens"] = progress.tokens
+        facts: dict[str, Any] = {
+            "val_name": val_data.name,
+            "checkpoint_path": path,
+            "model": job.run.model.model,
+            "average": average,
+        }
+        if job.run.averaging.average and job.schedule is None:
+            coefficients = coefficients_of(job.run.averaging)
+            facts["soup"] = [list(term) for term in zip(job.run.averaging.average, coefficients, strict=True)]
+        prefix = "valid" if average == NONE else f"valid/{average}"
+        prefix += f"/{val_data.name}" if len(job.val_data) > 1 else ""
+        entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
+        entry |= {f"{prefix}/{name}": value for name, value in result.items()}
+        log.metrics(entry, progress.step)
+        if job.world.rank == 0:
+            logger.info(("" if average == NONE else f"{average}: ") + describe_result(val_data, result))
+            append_result(
+                results_path(job, path),
+                {"step": progress.step, "val_data": [val_data.entry], **facts, **result},
+            )
+
+
+def evaluate_average(
+    job: Job, model: nn.Module, average: Average, log: Log, progress: Progress, path: str
+) -> None:
+    """`evaluate_all` with the averaged weights."""
+    with averaged(model, average):
+        evaluate_all(job, model, log, progress, path, average.name)
+
+
+def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
+    """A log line for people."""
+    parts = [f"{val_data.name}, {val_data.entry}" if val_data.name else val_data.entry]
+    parts[0] += f": loss {result['loss']:.6f}"
+    for kind in ("sequences", "tokens"):
+        if f"loss_{kind}_lower_95" in result:
+            ends = (result[f"loss_{kind}_{end}_95"] for end in ("lower", "upper"))
+            parts.append("95 % over {} {:.6f} … {:.6f}".format(kind, *ends))
+    return " | ".join([*parts, f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"])
+
+
+def results_path(job: Job, checkpoint_path: str) -> Path:
+    """results.jsonl beside the checkpoint; in the run's folder where that is remote: it cannot be appended to."""
+    folder = Path(checkpoint_path).parent if is_local(checkpoint_path) else job.folder / "checkpoints"
+    return folder / "results.jsonl"
+
+
+def append_result(path: Path, entry: dict[str, Any]) -> None:
+    """A line in results.jsonl, by open_lm's names; only a warning where that is read-only."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(jsonable(entry)) + "\n")
+    except OSError as error:
+        logger.warning("results.jsonl could not be written (log.jsonl holds the metrics): %s", error)
