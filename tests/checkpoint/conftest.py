@@ -21,7 +21,7 @@ def write_checkpoint() -> Callable:
         paths = {part: folder / f"checkpoints/{part}_{label}.pt" for part in parts}
         averages = [part for part in parts if part not in files.PARTS]
         files.prepare(folder / "checkpoints")
-        for part, path in paths.items():
+        for path in paths.values():
             files.write(files.temporary(path), {"step": step, "averagers": averages})
         files.replace(paths)
 

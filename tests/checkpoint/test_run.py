@@ -82,16 +82,24 @@ def torchrun(arguments: list[str]) -> subprocess.CompletedProcess:
 
 def test_two_ranks_copy_to_s3_and_one_goes_on_from_there(sources, tmp_path, bucket) -> None:
     done = torchrun(
-        flags(sources, tmp_path, f"{S3} --max-steps 5 --val-data {sources[2]} --fsdp --workers 2")
+        flags(
+            sources,
+            tmp_path,
+            f"{S3} --max-steps 5 --val-data {sources[2]} --fsdp --workers 2 --averagers poly_8_1",
+        )
     )
     assert done.returncode == 0, done.stdout + done.stderr
     run, kept = tmp_path / "run", tmp_path / "kept/run"
     there = {f"runs/run/{path.relative_to(run).as_posix()}" for path in run.rglob("*") if path.is_file()}
     assert keys() == there
     shutil.move(run, kept)
-    main(flags(sources, tmp_path, f"{S3} --resume latest"))
-    main(flags(sources, tmp_path / "kept", "--resume latest"))
+    average = "--averagers poly_8_1"
+    main(flags(sources, tmp_path, f"{S3} --resume latest {average}"))
+    main(flags(sources, tmp_path / "kept", f"--resume latest {average}"))
     assert equal(run, kept)
+    assert (run / "checkpoints/poly_8_1_2.pt").exists()
+    a, b = (torch.load(each / "checkpoints/poly_8_1_4.pt", weights_only=True)["av_sd"] for each in (run, kept))
+    assert all(torch.equal(a[name], b[name]) for name in a)
     assert "resumed s3://bucket/runs/run/checkpoints/epoch_2.pt at step 5" in (run / "out.log").read_text()
     assert steps(run) == steps(kept) == list(range(1, 13))
     assert len((run / "checkpoints/results.jsonl").read_text().splitlines()) == 2
@@ -101,7 +109,11 @@ def test_two_ranks_copy_to_s3_and_one_goes_on_from_there(sources, tmp_path, buck
     # two ranks, of which only the first has, or fetches, any file
     shutil.rmtree(run)
     done = torchrun(
-        flags(sources, tmp_path, "--resume s3://bucket/runs/run/checkpoints/epoch_1.pt --max-steps 4")
+        flags(
+            sources,
+            tmp_path,
+            "--resume s3://bucket/runs/run/checkpoints/epoch_1.pt --max-steps 4 --averagers poly_8_1",
+        )
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resumed s3://bucket/runs/run/checkpoints/epoch_1.pt at step 3" in done.stdout
