@@ -14,7 +14,8 @@ PACKAGE = ROOT / "open_lm"
 # Lowest first; members of a set do not import each other.
 LAYERS = [
     {"config"}, {"nn"}, {"moe"}, {"loss"}, {"model"}, {"parallel", "optim", "flops", "data", "tokenize"},
-    {"averaging"}, {"checkpoint"}, {"log"}, {"eval", "metrics", "report", "generate", "job"}, {"train", "validation"}, {"main"},
+    {"averaging"}, {"checkpoint"}, {"log"}, {"eval", "metrics", "report", "generate", "job"},
+    {"train", "validation"}, {"main"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = {

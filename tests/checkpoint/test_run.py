@@ -98,11 +98,14 @@ def test_two_ranks_copy_to_s3_and_one_goes_on_from_there(sources, tmp_path, buck
     main(flags(sources, tmp_path / "kept", f"--resume latest {average}"))
     assert equal(run, kept)
     assert (run / "checkpoints/poly_8_1_2.pt").exists()
-    a, b = (torch.load(each / "checkpoints/poly_8_1_4.pt", weights_only=True)["av_sd"] for each in (run, kept))
+    a, b = (
+        torch.load(each / "checkpoints/poly_8_1_4.pt", weights_only=True)["av_model_sd"]
+        for each in (run, kept)
+    )
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert "resumed s3://bucket/runs/run/checkpoints/epoch_2.pt at step 5" in (run / "out.log").read_text()
     assert steps(run) == steps(kept) == list(range(1, 13))
-    assert len((run / "checkpoints/results.jsonl").read_text().splitlines()) == 2
+    assert len((run / "checkpoints/results.jsonl").read_text().splitlines()) == 4, "of weights and average"
     assert "step 3/12" in (run / "out.log").read_text()
     assert labels(keys()) == {"1", "2", "3", "4"}
 
