@@ -1,19 +1,26 @@
 """Tables of the documents, from the models and from the records in moe/records: nothing in them is typed.
 
 python moe/tables.py parameters    # exact counts beside the published cells; status 1 if one differs
-python moe/tables.py demo          # or quality, speed, layer: a table of the records
+python moe/tables.py demo          # or quality, runs, router, speed, layer: a table of the records
+python moe/tables.py flags         # every flag of open_lm and every one of ours, and what it does
 python moe/tables.py write         # every <!-- table: NAME --> of README.md, MOE.md and moe/README.md
 python moe/tables.py check         # status 1 if a document's table is not that of the records
 """
 
 import argparse
+import ast
+import inspect
 import json
+import math
 import re
+import statistics
 from collections.abc import Sequence
+from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from open_lm.config import ModelFlags, MoEConfig
+from open_lm.config import ModelFlags, MoEConfig, RunConfig
 from open_lm.config.resolve import resolve_model
 from open_lm.model import count_parameters
 
@@ -114,6 +121,90 @@ def quality() -> tuple[str, bool]:
     return markdown(["20 B tokens", *MODELS], rows), True
 
 
+def real_runs() -> list[tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]]:
+    """Of each line of moe/records/runs.jsonl: itself, the run's facts, and the lines of its log.jsonl."""
+    found = []
+    for record in read_records("runs"):
+        first, *lines = read_records(f"runs/{record['name']}/log")
+        found.append((record, first["run"], lines))
+    return found
+
+
+def middle(lines: Sequence[dict[str, Any]], metric: str) -> float:
+    """Median of a metric over the log's lines, so that a slow start does not count."""
+    return statistics.median(line[metric] for line in lines if metric in line)
+
+
+def runs() -> tuple[str, bool]:
+    """Runs on real text: the last held-out perplexity of each domain, speed, MFU, memory."""
+    rows, names = [], []
+    for record, _, lines in real_runs():
+        last = max(line["step"] for line in lines)
+        ends = {line["val_name"]: line for line in lines if line["step"] == last and "val_name" in line}
+        names = list(ends)
+        rows.append(
+            [f"{record['name']}: {record['what']}", f"{max(line['tokens'] for line in lines) / 1e6:.1f}M"]
+            + [f"{line[f'valid/{name}/perplexity']:.1f}" for name, line in ends.items()]
+            + [f"{middle(lines, 'train/tokens_per_second') / 1e3:.0f}K", f"{middle(lines, 'train/mfu'):.1%}"]
+            + [f"{max(line.get('train/memory_gib', 0) for line in lines):.1f}"]
+        )
+    if not rows:
+        return "Not recorded yet.", True
+    _, facts, _ = real_runs()[-1]
+    note = (
+        f"{facts['device']}, torch {facts['torch']}, --torchcompile, commits "
+        f"{', '.join(sorted({r['commit'] for r in read_records('runs')}))}; flags, logs and results of each run in "
+        "moe/records/runs."
+    )
+    head = ["", "tokens", *names, "tokens/s", "MFU", "GiB"]
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
+def router() -> tuple[str, bool]:
+    """What the routers of these runs did at the end: means over the MoE layers, of the last logged window."""
+    rows = []
+    for record, _, lines in real_runs():
+        seen = [line["router"] for line in lines if line.get("router")]
+        if not seen:
+            continue
+        last = seen[-2]  # the last window may be of a few steps
+        mean = lambda key, last=last: statistics.mean(layer[key] for layer in last)
+        experts = len(last[0]["share"])
+        rows.append(
+            [record["name"], f"{mean('entropy'):.2f} of {math.log(experts):.2f}",
+             f"{mean('fullest_over_mean'):.2f}", f"{mean('dropped_share'):.2%}",
+             str(max(layer["dead_experts"] for layer in last))]
+        )  # fmt: skip
+    head = ["", "entropy, nats", "fullest expert over mean", "dropped in training", "dead experts"]
+    return markdown(head, rows), True
+
+
+def flags() -> tuple[str, bool]:
+    """Every flag, its default and its help: the fields of open_lm/config and the text under them."""
+    rows, defaults = [], RunConfig()
+    for group in fields(RunConfig):
+        part = getattr(defaults, group.name)
+        rows.append([f"**{group.name}**", "", ""])
+        for name, text in field_help(type(part)).items():
+            flag = f"moe_{name}" if group.name == "moe" else name
+            default = getattr(part, name)
+            shown = "" if default in (None, "", False) else f"`{default}`"
+            rows.append([f"`--{flag.replace('_', '-')}`", shown, text.replace("|", "\\|")])
+    return markdown(["flag", "default", "what it does here"], rows).replace("-: | -:", "- | -"), True
+
+
+def field_help(group: type) -> dict[str, str]:
+    """{field: the text under it, in one line} of a dataclass, from its source."""
+    (body,) = ast.parse(inspect.getsource(group)).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field, text in pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return found
+
+
 def speed() -> tuple[str, bool]:
     """The newest whole-step timing of each model and device beside the published one."""
     newest = {(r["device"], r["experts"], r["extra_flags"], r["model"]): r for r in read_records("speed")}
@@ -155,7 +246,7 @@ def layer() -> tuple[str, bool]:
     return f"{markdown(['shape: tokens, d, width, experts, k, type', *kinds], rows)}\n\n{note}", True
 
 
-TABLES = {f.__name__: f for f in (parameters, demo, quality, speed, layer)}
+TABLES = {f.__name__: f for f in (parameters, demo, quality, runs, router, flags, speed, layer)}
 
 
 def fill(text: str) -> str:

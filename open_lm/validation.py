@@ -71,7 +71,10 @@ def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
         if f"loss_{kind}_lower_95" in result:
             ends = (result[f"loss_{kind}_{end}_95"] for end in ("lower", "upper"))
             parts.append("95 % over {} {:.6f} … {:.6f}".format(kind, *ends))
-    return " | ".join([*parts, f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"])
+    parts += [f"perplexity {result['perplexity']:.4f}", f"{result['tokens']:,} tokens"]
+    if result.get("dropped_share"):
+        parts.append(f"dropped {result['dropped_share']:.1%}")
+    return " | ".join(parts)
 
 
 def results_path(job: Job, checkpoint_path: str) -> Path:

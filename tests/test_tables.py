@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from open_lm.config.parse import flag_types
+
 SCRIPT = Path(__file__).parents[1] / "moe" / "tables.py"
 
 EXACT = {  # open_lm's Transformer with MegaBlocks' MoE, counted by running it
@@ -27,3 +29,14 @@ def test_parameters():
         for n, short in found:
             scale = {"M": 1e6, "B": 1e9}[short[-1]]
             assert abs(n / scale - float(short[:-1])) <= 0.05, (n, short)
+
+
+def test_every_flag_of_open_lm_has_a_row():
+    """MOE.md's table is this one (tests/test_docs.py holds that); each flag stands in it with a text."""
+    open_lms = Path(__file__).with_name("config").joinpath("open_lm_flags.txt").read_text().split()
+    command = [sys.executable, str(SCRIPT), "flags"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = dict(re.findall(r"^\| `--([a-z0-9-]+)` \|.*\| (.+) \|$", printed, re.MULTILINE))
+    assert {name.replace("_", "-") for name in flag_types()} == set(rows)
+    assert {entry.split("=", 1)[0] for entry in open_lms} <= set(rows)
+    assert all(len(text) > 8 for text in rows.values())

@@ -11,17 +11,17 @@ class LaterConfig:
     """Accepted from open_lm's commands: either a warning (the flag has no work to do here) or "not yet"."""
 
     train_data_upsampling_factors: str | None = None
-    """Not yet."""
+    """Not yet, refused: use --train-data-mix-weights."""
     data_tolerate_error_p: float = 0.09
     """Does nothing: exactly the requested tokens are read, or the run does not start."""
     data_tolerate_num_ckpts: int = 0
     """Does nothing: as --data-tolerate-error-p."""
     hf_model: str | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""
     hf_seq_len: int | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""
     hf_fsdp_block: str | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""
     torchscript: bool = False
     """Does nothing: use --torchcompile."""
     trace: bool = False
@@ -31,7 +31,7 @@ class LaterConfig:
     moe_weight_parallelism: Annotated[bool, arg(name="moe-weight-parallelism")] = False
     """Does nothing: --fsdp shards the experts' weights."""
     moe_expert_model_parallelism: Annotated[bool, arg(name="moe-expert-model-parallelism")] = False
-    """Not yet."""
+    """Not yet: refused with an error."""
     fsdp_use_orig_params: bool = False
     """Does nothing: FSDP2 always keeps the original parameters."""
     fsdp_backward_prefetch: bool = False
@@ -41,8 +41,8 @@ class LaterConfig:
     fsdp_checkpoint: bool = False
     """Does nothing, as in open_lm: use --grad-checkpointing."""
     distill_model: str | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""
     distill_pretrained: str | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""
     use_bnb_linear: str | None = None
-    """Not yet."""
+    """Not yet: refused with an error."""

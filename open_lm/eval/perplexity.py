@@ -36,8 +36,9 @@ def evaluate(
 
     `batch_sequences` sequences go through the model at a time on each rank; with it fixed, the result does not
     depend on the number of ranks, even where experts have a capacity. Returns loss (nats per token),
-    perplexity, tokens, sequences, skipped_sequences (bad ones), seconds and speeds and, where `config` asks for
-    them, the ends of bootstrap intervals, by open_lm's names; the same on all ranks. Raises ValueError if there
+    perplexity, tokens, sequences, skipped_sequences (bad ones), seconds and speeds, of a mixture of experts the
+    dropped share of all assignments and, where `config` asks for them, the ends of bootstrap intervals, by
+    open_lm's names; the same on all ranks. Raises ValueError if there
     is not one token to predict.
 
     --val-tok-ci keeps every token's loss, 4 bytes each (8 for a moment), in rank 0's main memory; the losses of
@@ -47,8 +48,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     seq_len = unwrap(model).config.seq_len
-    # nll, tokens, sequences, skipped sequences, batches, seconds of waiting for data
-    sums = torch.zeros(6, dtype=torch.float64, device=world.device)
+    # nll, tokens, sequences, skipped sequences, batches, seconds of waiting for data, assignments, dropped ones
+    sums = torch.zeros(8, dtype=torch.float64, device=world.device)
     losses = Losses(config)
     waited = 0.0
     start = ready = time.perf_counter()
@@ -72,11 +73,14 @@ def evaluate(
                 sums[2] += len(targets_BS) - batch.n_bad
                 sums[3] += batch.n_bad
                 sums[4] += 1
+                for layer in output.router_stats:
+                    sums[6] += layer.count_E.sum()
+                    sums[7] += layer.dropped
                 nll_BS[: len(nll)] = nll.where(counted_BS, NO_TARGET)
             losses.add(nll_BS)
             ready = time.perf_counter()
     sums[5] += waited
-    nll, tokens, sequences, skipped, batches, waited = sum_over_ranks_(sums).tolist()
+    nll, tokens, sequences, skipped, batches, waited, assignments, dropped = sum_over_ranks_(sums).tolist()
     seconds = time.perf_counter() - start
     reshard_(model)
     model.train(was_training)
@@ -90,6 +94,8 @@ def evaluate(
         "loss": nll / tokens,
         "perplexity": perplexity(nll / tokens),
         **losses.intervals(world.device),
+        # text of one kind crowds the experts that know it: a capacity drops far more here than in training
+        **({"dropped_share": dropped / assignments} if assignments else {}),
         "tokens": int(tokens),
         "sequences": int(sequences),
         "skipped_sequences": int(skipped),

@@ -112,6 +112,10 @@ def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -
         raise ValueError(f"--dist-backend {name}: expected {' or '.join(BACKENDS)}")
     if name == "nccl" and device.type != "cuda":
         raise ValueError("--dist-backend nccl, but there is no GPU: use gloo, or leave it out")
+    if name == "gloo" and device.type == "cuda" and config.fsdp_cpu_offload:
+        raise ValueError(
+            "--fsdp-cpu-offload with --dist-backend gloo on a GPU crashes torch 2.11: leave --dist-backend out"
+        )
     dist.init_process_group(
         BACKENDS[name],
         store=dist.HashStore() if ranks.world_size == 1 else _meet(ranks),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from open_lm.report.page import make_page
+from open_lm.report.page import make_figures, make_page
 from open_lm.report.runs import Run, read_run
 
 
@@ -14,3 +14,13 @@ def write_report(folders: Sequence[Path], output: Path, title: str = "Report") -
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page, encoding="utf-8")
     return runs
+
+
+def write_figures(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """The page's charts of all runs together as files, NAME.svg, that stand alone; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, figure in make_figures(runs).items():
+        paths.append(folder / f"{name}.svg")
+        paths[-1].write_text(figure, encoding="utf-8")
+    return paths

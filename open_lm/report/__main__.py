@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from open_lm.report import write_report
+from open_lm.report import write_figures, write_report
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,19 @@ class ReportConfig:
     title: str = "Report"
     """Its heading."""
 
+    figures: Path | None = None
+    """Write the charts into this folder too, as .svg files."""
+
 
 def main() -> None:
     config = tyro.cli(ReportConfig)
     try:
-        write_report(config.runs, config.output, config.title)
+        runs = write_report(config.runs, config.output, config.title)
     except ValueError as error:
         sys.exit(f"open_lm.report: error: {error}")
     print(f"wrote {config.output}")
+    if config.figures:
+        print("wrote", *write_figures(runs, config.figures))
 
 
 if __name__ == "__main__":

@@ -260,6 +260,21 @@ def make_page(runs: Sequence[Run], title: str = "Report") -> str:
     )
 
 
+def make_figures(runs: Sequence[Run]) -> dict[str, str]:
+    """{name: SVG that stands alone}: the loss, and the held-out perplexity at the end and over tokens."""
+    unigram = unigram_perplexities(list(dict.fromkeys(e.entry for run in runs for e in run.evaluations)))
+    figures = {"loss": loss_chart(runs)} if any(run.training for run in runs) else {}
+    if any(run.evaluations for run in runs):
+        figures["perplexity"] = perplexity_chart(runs, unigram)
+    return {name: stand_alone(chart) for name, chart in figures.items()}
+
+
+def stand_alone(chart: str) -> str:
+    """A chart of the page as a file of its own."""
+    head, rest = chart.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{CHART_STYLE}</style>{rest}\n'
+
+
 PAGE_STYLE = """
 body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI",
  Roboto, "Helvetica Neue", Arial, sans-serif; }

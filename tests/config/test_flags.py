@@ -3,6 +3,7 @@
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,33 +17,7 @@ from open_lm.config.run import RunConfig
 TRAIN = "--dataset-manifest A B --train-num-samples 1000000 "
 
 # Every flag of open_lm (July 2024, and the two of its MoE.md that its own parser had dropped), with its default.
-OPEN_LM = """
-train-data=None train-data-mix-weights=None dataset-manifest=None dataset-resampled=False dataset-type=auto
-data-key=txt train-num-samples=None val-data=None val-data-key=None val-num-samples=None disable-buffer=False
-workers=1 multiple-data-passes=False ignore-parse-errors=False data-tolerate-error-p=0.09
-data-tolerate-num-ckpts=0 target-mask-left=None target-mask-individual=None squash-mask-left=False
-train-data-upsampling-factors=None
-model=open_lm_1b model-norm=default_layer_norm ffn-type=swiglu qk-norm=False positional-embedding-type=rotary
-attn-name=auto attn-activation=None attn-seq-scalar=None attn-seq-scalar-alpha=None
-experimental-meta-device=False torchcompile=False grad-checkpointing=False hf-model=None hf-seq-len=None
-hf-fsdp-block=None torchscript=False trace=False use-bn-sync=False disable-meta-device=False
-moe-freq=0 moe-num-experts=None moe-top-k=2 moe-capacity-factor=1.25 moe-loss-weight=0.1
-moe-weight-parallelism=False moe-expert-model-parallelism=False
-batch-size=None accum-freq=1 epochs=32 optimizer=adamw lr=0.0005 beta1=0.9 beta2=0.95 eps=1e-08 wd=0.2
-warmup=10000 grad-clip-norm=None z-loss-coefficient=0.0 lr-scheduler=cosine lr-cooldown-end=0.0
-lr-cooldown-power=1.0 epochs-cooldown=None force-min-lr=0.0 skip-scheduler=False precision=amp seed=0
-dist-url=env:// fsdp=False fsdp-amp=False fsdp-pure-bf16=False fsdp-cpu-offload=False
-fsdp-use-orig-params=False fsdp-backward-prefetch=False fsdp-limit-all-gathers=False fsdp-hybrid=False
-fsdp-hybrid-o2=False fsdp-checkpoint=False ddp-static-graph=False no-set-device-rank=False
-force-distributed=False preset-world-size=None
-logs=./logs/ log-local=False name=None wandb-notes= wandb-project-name=open-lm log-every-n-steps=100
-log-logit-mean=False debug=False copy-codebase=False report-to=
-resume=None pretrained=None load-pretrained-state=False save-frequency=1 save-most-recent=False
-delete-previous-checkpoint=False remote-sync=None remote-sync-frequency=300 remote-sync-protocol=s3
-val-frequency=1 global-val-batch-size=None val-seq-ci=False val-tok-ci=False val-max-pop-ci=None
-val-iter-ci=10000 average=None average-coefficients=None averagers=None log-avg-model-training-loss=0
-distill-model=None distill-pretrained=None use-bnb-linear=None
-""".split()
+OPEN_LM = Path(__file__).with_name("open_lm_flags.txt").read_text().split()
 
 
 def run_of(line: str) -> tuple[RunConfig, frozenset[str]]:

@@ -121,6 +121,31 @@ def test_intervals_are_of_each_tokens_and_each_sequences_loss():
     assert widths[1] == pytest.approx(3 * widths[0], rel=0.3)  # 45 draws, 5 draws
 
 
+def test_what_a_capacity_drops_is_said():
+    """Against the layers' own counts, batch by batch; nothing of it in a dense model."""
+    model = make(CONFIG)
+    assignments = dropped = 0
+    with torch.no_grad():
+        for batch in Sequences().batches(2, 0, 1):
+            for layer in model(batch.tokens_BS).router_stats:
+                limit = int(0.5 * 2 * layer.tokens / 4)
+                assignments += layer.count_E.sum().item()
+                dropped += (layer.count_E - limit).clamp(min=0).sum().item()
+    share = evaluate(model, Sequences(), batch_sequences=2, world=ALONE, precision="fp32")["dropped_share"]
+    assert share == pytest.approx(dropped / assignments)
+    assert 0 < share < 1
+    assert (
+        evaluate(make(DROPLESS), Sequences(), batch_sequences=2, world=ALONE, precision="fp32")[
+            "dropped_share"
+        ]
+        == 0
+    )
+    dense = make(replace(CONFIG, moe=MoEConfig()))
+    assert "dropped_share" not in evaluate(
+        dense, Sequences(), batch_sequences=2, world=ALONE, precision="fp32"
+    )
+
+
 def test_nothing_is_left_changed():
     model = make(CONFIG)
     for training in (True, False):

@@ -163,3 +163,10 @@ def test_devices_of_ranks(monkeypatch):
     assert find_device(5, True) == torch.device("cuda:0")
     with pytest.raises(ValueError, match=r"LOCAL_RANK=2, but this host shows 2 GPUs.*--no-set-device-rank"):
         find_device(2, False)
+
+
+def test_offload_over_gloo_on_a_gpu_is_refused():
+    config = DistributedConfig(fsdp=True, fsdp_cpu_offload=True, dist_backend="gloo")
+    ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
+    with pytest.raises(ValueError, match="--fsdp-cpu-offload with --dist-backend gloo"):
+        mesh._init_group(config, ranks, torch.device("cuda"))
