@@ -28,8 +28,8 @@ console = Console(soft_wrap=True, highlight=False)
 
 MODEL = {"hidden_dim": 192, "n_layers": 4, "n_heads": 6, "post_embed_norm": False, "weight_tying": False}
 MOE_FLAGS = (
-    "--moe-freq 2 --moe-num-experts 8 --moe-top-k 2 --moe-ffn-type swiglu --moe-init scaled --moe-capacity-factor 0 "
-    "--moe-normalize-weights --moe-loss-weight 0.01"
+    "--moe-freq 2 --moe-num-experts 8 --moe-top-k 2 --moe-ffn-type swiglu --moe-init scaled "
+    "--moe-capacity-factor 0 --moe-normalize-weights --moe-loss-weight 0.01"
 )
 RUNS = {"dense": "", "moe": MOE_FLAGS}
 # On a CPU glibc returns each step's memory to the system and asks for it again: training is then half as fast.

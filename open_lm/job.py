@@ -42,6 +42,8 @@ class Start:
     """The averages saved with it."""
     fetched_to: str | None = None
     """A temporary folder that holds the file."""
+    soup: tuple[str, ...] = ()
+    """Where rank 0 reads the checkpoints of --average."""
 
     def discard(self) -> None:
         """Removes what was fetched for the start alone."""
@@ -187,8 +189,7 @@ def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> S
         if options.resume and remote and options.resume.startswith(f"{remote.url}/{CHECKPOINTS}"):
             file = bring(remote, folder, Path(options.resume).stem.removeprefix("epoch_"))
         elif name is not None and not is_local(name):
-            fetched_to = tempfile.mkdtemp(prefix="open_lm-start-")
-            atexit.register(shutil.rmtree, fetched_to, ignore_errors=True)
+            fetched_to = temporary_folder()
             file = fetch(name, Path(fetched_to), whole=whole or bool(averagers))
         if name is not None and (file is None or not file.is_file()):
             raise ValueError(f"{flag} {name}: no such file")
@@ -232,13 +233,34 @@ def refuse_other_run(run: RunConfig, folder: Path, remote: RemoteFolder | None) 
         )
 
 
+def temporary_folder() -> str:
+    """For what is fetched for the start alone; removed with the process at the latest."""
+    folder = tempfile.mkdtemp(prefix="open_lm-start-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
 def find_soup(run: RunConfig, averagers: Sequence[Averager]) -> Start | None:
-    """The first checkpoint of --average. Raises ValueError where one is missing or of another architecture."""
+    """The first checkpoint of --average, all fetched where they are remote. For rank 0.
+
+    Raises ValueError where one is missing or of another architecture; OSError and ImportError too.
+    """
     paths = run.averaging.average or ()
-    for path in paths:
-        if not Path(path).is_file():
+    if not paths:
+        return None
+    whole = bool(averagers) and not trains(run)
+    fetched_to = None if all(map(is_local, paths)) else temporary_folder()
+    files = [
+        path
+        if is_local(path)
+        else str(fetch(path, Path(str(fetched_to), str(number)), whole=whole and not number))
+        for number, path in enumerate(paths)
+    ]
+    for path, file in zip(paths, files, strict=True):
+        if not Path(file).is_file():
             raise ValueError(f"--average {path}: no such file")
-    saved = {path: config for path in paths if (config := checkpoint.read_model_config(path))}
+    configs = zip(paths, map(checkpoint.read_model_config, files), strict=True)
+    saved = {path: config for path, config in configs if config}
     for path, config in saved.items():
         first, expected = next(iter(saved.items()))
         there, here = flatten(config), flatten(expected)
@@ -246,11 +268,10 @@ def find_soup(run: RunConfig, averagers: Sequence[Averager]) -> Start | None:
         if differ:
             values = "; ".join(f"{key}: {here[key]} and {there[key]}" for key in differ)
             raise ValueError(f"--average {first} {path}: not of one architecture ({values})")
-    if not paths:
-        return None
     if not trains(run):
-        find_averages(paths[0], averagers)
-    return Start(paths[0], paths[0], checkpoint.read_model_config(paths[0]), None)
+        find_averages(files[0], averagers)
+    config = checkpoint.read_model_config(files[0])
+    return Start(paths[0], files[0], config, None, fetched_to=fetched_to, soup=tuple(files))
 
 
 def find_averages(path: str, averagers: Sequence[Averager]) -> None:

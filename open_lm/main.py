@@ -178,9 +178,10 @@ def evaluate_once(job: Job, model: nn.Module, log: Log) -> None:
 
 def load_soup(job: Job, model: nn.Module) -> None:
     """The weights of --average into `model`."""
+    assert job.start is not None
     paths, coefficients = job.run.averaging.average or (), coefficients_of(job.run.averaging)
     with refusing():
-        checkpoint.load_soup(paths, coefficients, model)
+        checkpoint.load_soup(job.start.soup, coefficients, model)
     terms = (f"{c:g} * {path}" for c, path in zip(coefficients, paths, strict=True))
     logger.info("weights: %s", " + ".join(terms))
 

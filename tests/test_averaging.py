@@ -571,3 +571,15 @@ def test_a_sharded_run_is_that_of_one_process(spawn, sources, tmp_path) -> None:
         one, two = (read(tmp_path / n / "checkpoints" / name)["av_model_sd"] for n in ("one", "two"))
         for key, weights in one.items():
             torch.testing.assert_close(two[key], weights, rtol=1e-3, atol=1e-5)
+
+
+def test_a_soup_of_remote_checkpoints(sources, tmp_path, bucket) -> None:
+    command(sources, tmp_path, f"--epochs 2 --val-data {sources[2]}")
+    folder = tmp_path / "run/checkpoints"
+    bucket(folder)
+    evaluation(sources, tmp_path, f"--average {folder}/epoch_1.pt {folder}/epoch_2.pt")
+    evaluation(sources, tmp_path, "--average s3://bucket/epoch_1.pt s3://bucket/epoch_2.pt", name="remote")
+    *_, here = lines(folder / "results.jsonl")
+    (there,) = lines(tmp_path / "remote/checkpoints/results.jsonl")
+    assert there["loss"] == here["loss"]
+    assert there["soup"] == [["s3://bucket/epoch_1.pt", 0.5], ["s3://bucket/epoch_2.pt", 0.5]]
