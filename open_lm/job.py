@@ -1,8 +1,10 @@
 """`Job`: a run whose flags, model, data and checkpoint have been found to agree, before any work."""
 
 import atexit
+import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -83,10 +85,11 @@ def prepare(
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
     averagers = parse_averagers(run.averaging.averagers)
     # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
-    start = mesh.broadcast_object(
-        on_first_rank(lambda: find_start(run, folder, averagers) or find_soup(run, averagers))
+    start, warned = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers))) or (
+        None,
+        (),
     )
-    notes = [*notes, *world.notes]
+    notes = [*notes, *world.notes, *warned]
     if start is not None and start.model_config is not None:
         config, taken = reconcile(config, start.model_config, given, start.name)
         notes += taken
@@ -110,6 +113,8 @@ def prepare(
         train_data.check_enough(schedule.end_step)
         if start is not None and start.state is not None:
             refuse_changed_run(run, train_data.fingerprint(), start.state, start.name)
+            if Path(start.file).parent == folder / "checkpoints":
+                refuse_other_intervals(run, start)
             dropped = set(start.averages) - {a.name for a in averagers}
             notes += [
                 f"{start.name} holds the average {n}: without --averagers {n} it ends here" for n in dropped
@@ -165,6 +170,25 @@ def remote_folder(run: RunConfig, folder: Path) -> RemoteFolder | None:
     return RemoteFolder(f"{url.rstrip('/')}/{folder.name}") if url else None
 
 
+def look_around(
+    run: RunConfig, folder: Path, averagers: Sequence[Averager]
+) -> tuple[Start | None, tuple[str, ...]]:
+    """What the run starts from, and what there is to warn of; the run's folder can be written to. For rank 0."""
+    is_new = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--logs {run.log.logs}: {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--logs {run.log.logs}: {folder} cannot be written to")
+    if is_new:  # what is refused leaves nothing behind
+        folder.rmdir()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start = find_start(run, folder, averagers) or find_soup(run, averagers)
+    return start, tuple(str(warning.message) for warning in caught)
+
+
 def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> Start | None:
     """The checkpoint to start from, fetched where it is remote. For rank 0.
 
@@ -174,31 +198,34 @@ def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> S
     if remote is not None and training:
         remote.check_writable(folder)
     options = run.checkpoint
-    name = options.resume or options.pretrained
-    flag = "--resume" if options.resume else "--pretrained"
-    whole = training and (options.resume is not None or options.load_pretrained_state)
-    fetched_to = None
-    if name == "latest" and options.resume:
-        file, name = find_latest(folder, remote)
+    file, name, flag, fetched_to = None, options.resume, "--resume", None
+    if name == "latest":
+        file, found = find_latest(folder, remote)
+        name = None if file is None else found
         if file is None and not training:
             there = f" or {remote.url}" if remote else ""
             raise ValueError(f"--resume latest: no checkpoint in {folder / 'checkpoints'}{there}")
     else:
         refuse_other_run(run, folder, remote)
-        file = None if name is None else Path(name)
-        if options.resume and remote and options.resume.startswith(f"{remote.url}/{CHECKPOINTS}"):
-            file = bring(remote, folder, Path(options.resume).stem.removeprefix("epoch_"))
-        elif name is not None and not is_local(name):
+    resumes = name is not None
+    if not resumes:
+        name, flag = options.pretrained, "--pretrained"
+    if name is None:
+        return None
+    whole = training and (resumes or options.load_pretrained_state)
+    if file is None:
+        file = Path(name)
+        if resumes and remote and name.startswith(f"{remote.url}/{CHECKPOINTS}"):
+            file = bring(remote, folder, file.stem.removeprefix("epoch_"))
+        elif not is_local(name):
             fetched_to = temporary_folder()
             file = fetch(name, Path(fetched_to), whole=whole or bool(averagers))
-        if name is not None and (file is None or not file.is_file()):
+        if file is None or not file.is_file():
             raise ValueError(f"{flag} {name}: no such file")
-    if name is None or file is None:
-        return None
     try:
         state = checkpoint.read_state(file) if whole else None
     except ValueError as error:
-        raise ValueError(f"--load-pretrained-state: {error}" if options.pretrained else str(error)) from error
+        raise ValueError(str(error) if resumes else f"--load-pretrained-state: {error}") from error
     if not training:
         find_averages(str(file), averagers)
     config = checkpoint.read_model_config(file)
@@ -280,6 +307,17 @@ def find_averages(path: str, averagers: Sequence[Averager]) -> None:
         file = checkpoint.path_of_average(Path(path), averager.name)
         if not file.is_file():
             raise ValueError(f"--averagers {averager.name}: {path} was saved without it, there is no {file}")
+
+
+def refuse_other_intervals(run: RunConfig, start: Start) -> None:
+    """Raises ValueError where epoch_N.pt would be another step than it is in the run's folder."""
+    assert start.state is not None
+    there, here = start.state["flags"]["train_num_samples"], run.data.train_num_samples
+    if there != here:
+        raise ValueError(
+            f"--train-num-samples {here}, but {start.name} was written with {there}: epoch_N.pt would be of "
+            "another step, and replace older ones; use its value, or another --name with --pretrained"
+        )
 
 
 def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], state: dict[str, Any], path: str) -> None:

@@ -3,7 +3,6 @@
 python -m open_lm.main --help
 """
 
-import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from open_lm.config.check import check
 from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
-from open_lm.flops import FORMULA
+from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, prepare, remote_folder
 from open_lm.log import Log, logger
 from open_lm.log.record import copy_code
@@ -33,7 +32,7 @@ from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.launch import claimed_rank, find_ranks
 from open_lm.parallel.plan import parallelize
 from open_lm.train import train
-from open_lm.validation import evaluate_all, evaluate_average
+from open_lm.validation import evaluate_all, evaluate_average, find_owed_evaluation
 
 T = TypeVar("T")
 
@@ -118,7 +117,7 @@ def execute(job: Job) -> None:
             f"{job.folder} | {run.model.model}: {total:,} parameters, {active:,} active | "
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
-        if world.device.type == "cuda":
+        if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)
         model = parallelize(
@@ -145,6 +144,11 @@ def execute(job: Job) -> None:
         log.close(failed)
     if not copied:
         raise SystemExit(3)
+
+
+def says_mfu(device: torch.device) -> bool:
+    """Whether log lines hold MFU."""
+    return device.type == "cuda" and peak_flops(torch.cuda.get_device_name(device)) is not None
 
 
 def device_name(device: torch.device) -> str:
@@ -230,7 +234,7 @@ def train_all(
     optimizer = make_optimizer(model, run.optim)
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
     progress = Progress()
-    if run.averaging.average:
+    if job.start and job.start.soup:
         load_soup(job, model)
     elif job.start and job.start.state is None:
         with refusing():
@@ -248,16 +252,25 @@ def train_all(
         load_averages(job, averages, model, progress.step)
     if job.start and world.is_first:
         job.start.discard()
+    log.begin(run.log.targets, flag_values(run), progress.step)
+    folder = job.folder / "checkpoints"
+
+    def evaluate_interval(n: int) -> None:
+        path = str(folder / f"epoch_{n}.pt")
+        evaluate_all(job, model, log, progress, path)
+        for average in averages:
+            evaluate_average(job, model, average, log, progress, path)
+
+    if owed := mesh.broadcast_object(find_owed_evaluation(job, schedule, progress.step)):
+        logger.info("step %d has a checkpoint but no evaluation: evaluated now", progress.step)
+        evaluate_interval(owed)
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
         return
-    log.begin(run.log.targets, flag_values(run), progress.step)
-    folder = job.folder / "checkpoints"
 
     def end_interval(n: int) -> None:
         last = progress.step == schedule.end_step
         every = run.checkpoint.save_frequency
-        path = folder / f"epoch_{n}.pt"
         keep = last or (every and n % every == 0)
         labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * run.checkpoint.save_most_recent
         if labels:
@@ -284,9 +297,7 @@ def train_all(
         if labels and sync is not None:
             sync.wake()
         if job.val_data and (last or n % run.eval.val_frequency == 0):
-            evaluate_all(job, model, log, progress, str(path))
-            for average in averages:
-                evaluate_average(job, model, average, log, progress, str(path))
+            evaluate_interval(n)
 
     train(
         model,
@@ -309,5 +320,4 @@ def train_all(
 
 
 if __name__ == "__main__":
-    logging.captureWarnings(True)
     main()

@@ -26,7 +26,7 @@ class Progress:
     skipped_updates: int = 0
     """Steps whose loss or gradient was not finite, so that nothing was changed."""
     bad_samples: int = 0
-    """Samples that were masked: too short, or unreadable under --ignore-parse-errors (this rank's)."""
+    """Samples that were masked: too short, or unreadable under --ignore-parse-errors; of all ranks."""
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -40,6 +40,8 @@ class StepResult(NamedTuple):
     logsumexp(logits)², unweighted; of all logits."""
     tokens: int
     """Targets."""
+    n_bad: int
+    """Samples that were masked as too short or unreadable."""
     router: Tensor
     """The router statistics of all layers, summed and packed (`moe.stats.pack`)."""
     like: tuple[RouterStats, ...]

@@ -32,6 +32,7 @@ from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync
 
 MAX_SKIPS = 100  # non-finite steps in a row that end a run
+SCALE_STEPS = 16  # updates in a row that finding a fp16 loss scale may cost
 LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
 
 
@@ -49,7 +50,8 @@ def accumulate_gradients(
     """Gradients of the whole batch's objective: mean cross-entropy over its tokens (+ z-loss), and the router
     losses as means over MoE layers and micro-batches. Equal to one large batch, whatever the slicing.
     """
-    tokens = int(sum_over_ranks_((batch.targets_BS != IGNORE_INDEX).sum()))  # on the CPU: nothing waits
+    counts = torch.stack(((batch.targets_BS != IGNORE_INDEX).sum(), torch.tensor(batch.n_bad)))
+    tokens, n_bad = sum_over_ranks_(counts).tolist()  # on the CPU: nothing waits
     if tokens == 0:
         raise ValueError(
             f"a batch has not one token to train on: all its samples are shorter than the model's "
@@ -78,7 +80,7 @@ def accumulate_gradients(
     batches = len(micro_batches) * world.world_size
     losses = torch.cat((flat[:2] / tokens, flat[2:3] / batches))
     clock.lap("sync_time")
-    return StepResult(losses, tokens, flat[3:], stats, batches)
+    return StepResult(losses, tokens, n_bad, flat[3:], stats, batches)
 
 
 def to_device(tokens_BS: Tensor, world: World) -> Tensor:
@@ -184,16 +186,16 @@ def train(
         window.add_(result, finite)
         progress.step += 1
         progress.tokens += result.tokens
-        if batch.n_bad and not progress.bad_samples:
-            logger.warning("step %d: %d samples too short or unreadable: ignored", step + 1, batch.n_bad)
-        progress.bad_samples += batch.n_bad
+        if result.n_bad and not progress.bad_samples:
+            logger.warning("step %d: %d samples too short or unreadable: ignored", step + 1, result.n_bad)
+        progress.bad_samples += result.n_bad
         clock.lap("optim_step_time")
 
         interval = schedule.interval_of(step)
         ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
         if logs or progress.step % LOOK_EVERY == 0:
-            look_at(skips, progress, quiet=loss_scale is not None and scale > 1.0)
+            look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
         if logs:
             entry = window.entry(progress, rate, norm)
             log.metrics(entry, progress.step)
@@ -212,11 +214,12 @@ def train(
     log.end_progress()
 
 
-def look_at(skips: Skips, progress: Progress, quiet: bool) -> None:
-    """Brings `progress.skipped_updates` up to date; warns of new ones, unless fp16 is finding its scale."""
+def look_at(skips: Skips, progress: Progress, finding_scale: bool) -> None:
+    """Brings `progress.skipped_updates` up to date; warns of new ones, but for the few by which fp16 finds its
+    scale."""
     before, in_a_row = progress.skipped_updates, 0
     progress.skipped_updates, in_a_row = skips.read()
-    if progress.skipped_updates > before and not quiet:
+    if progress.skipped_updates > before and not (finding_scale and in_a_row <= SCALE_STEPS):
         logger.warning(
             "step %d: loss or gradient was not finite in %d of the last steps: these updates were skipped on all "
             "ranks (%d so far)",

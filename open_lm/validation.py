@@ -8,11 +8,13 @@ from torch import nn
 
 from open_lm.averaging import Average, averaged
 from open_lm.config.averaging import NONE, coefficients_of
+from open_lm.config.schedule import Schedule
 from open_lm.data.loader import ValData
 from open_lm.data.remote import is_local
 from open_lm.eval.perplexity import evaluate
 from open_lm.job import Job
 from open_lm.log import Log, jsonable, logger
+from open_lm.log.lines import read_lines
 from open_lm.metrics import Progress
 
 
@@ -39,9 +41,12 @@ def evaluate_all(
             "model": job.run.model.model,
             "average": average,
         }
-        if job.run.averaging.average and job.schedule is None:
+        if job.start and job.start.soup and job.schedule is None:
+            facts["average"] = "soup"
             coefficients = coefficients_of(job.run.averaging)
-            facts["soup"] = [list(term) for term in zip(job.run.averaging.average, coefficients, strict=True)]
+            facts["soup"] = [
+                list(term) for term in zip(job.run.averaging.average or (), coefficients, strict=True)
+            ]
         prefix = "valid" if average == NONE else f"valid/{average}"
         prefix += f"/{val_data.name}" if len(job.val_data) > 1 else ""
         entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
@@ -61,6 +66,21 @@ def evaluate_average(
     """`evaluate_all` with the averaged weights."""
     with averaged(model, average):
         evaluate_all(job, model, log, progress, path, average.name)
+
+
+def find_owed_evaluation(job: Job, schedule: Schedule, step: int) -> int | None:
+    """The interval that ended at `step`, where the run was killed between its checkpoint and its evaluation, or
+    --val-data has entries that results.jsonl lacks there; None if nothing is owed. For rank 0; None elsewhere."""
+    folder = job.folder / "checkpoints"
+    if not job.val_data or job.world.rank or job.start is None or Path(job.start.file).parent != folder:
+        return None
+    interval = schedule.interval_of(step - 1)
+    last = step >= schedule.end_step
+    if not last and (step != schedule.interval_end(interval) or interval % job.run.eval.val_frequency):
+        return None
+    lines = read_lines(folder / "results.jsonl")
+    done = {entry for line in lines if line.get("step") == step for entry in line.get("val_data", ())}
+    return interval if {val_data.entry for val_data in job.val_data} - done else None
 
 
 def describe_result(val_data: ValData, result: dict[str, Any]) -> str:

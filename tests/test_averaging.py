@@ -520,6 +520,7 @@ def test_soups_are_evaluated_and_trained_on(sources, tmp_path, capsys) -> None:
     assert last["loss"] == trained["loss"]
     assert middle["loss"] not in (trained["loss"], last["loss"])
     assert {e.step for e in read_run(tmp_path / "run").evaluations} == {5, 10}  # a sum is not the run's
+    assert (last["average"], middle["average"]) == ("soup", "soup")  # not the first checkpoint's result
     assert middle["soup"] == [[str(path), 0.5] for path in paths]
     extra = f"{both} --average-coefficients .3 .8 --lr 0 --max-steps 1"
     command(sources, tmp_path, extra, name="soup")

@@ -1,8 +1,10 @@
 """The loop's own promises: a step that is not finite changes nothing on any rank; sums over ranks are exact."""
 
+import io
 import json
 import os
 import shlex
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,14 @@ import torch
 
 import open_lm.model
 import open_lm.train
+from open_lm.config import DataConfig, ModelFlags, MoEConfig
+from open_lm.config.resolve import resolve_model
+from open_lm.data.loader import TrainData
 from open_lm.main import main
+from open_lm.model import build
+
+MOE = MoEConfig(freq=2, num_experts=4, capacity_factor=0)
+DATA = DataConfig(dataset_type="synthetic", workers=0)
 
 FLAGS = (
     "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --warmup 1 \
@@ -86,3 +95,60 @@ def test_a_run_that_stays_not_finite_ends(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(open_lm.train, "MAX_SKIPS", 3)
     with pytest.raises(RuntimeError, match="not finite 3 times in a row"):
         main(shlex.split(f"{FLAGS} --logs {tmp_path} --lr 1e30"))
+
+
+def logit_means(logs: str, layout: str) -> None:
+    main(
+        shlex.split(
+            f"{FLAGS} --logs {logs} --epochs 2 --moe-capacity-factor 0 --moe-loss-weight 0 "
+            f"--log-logit-mean {layout}"
+        )
+    )
+
+
+def test_logit_mean_is_of_all_ranks_and_micro_batches(spawn, tmp_path) -> None:
+    logit_means(str(tmp_path / "one"), "")
+    spawn(2, logit_means, str(tmp_path / "two"), "--accum-freq 2")
+    spawn(1, logit_means, str(tmp_path / "none"), "--no-log-logit-mean")
+    one, two, none = (read_lines(tmp_path / name) for name in ("one", "two", "none"))
+    model = build(resolve_model(ModelFlags(model="open_lm_test_tiny"), MOE, ()), "cpu", seed=0)
+    data = TrainData(DATA, seq_len=16, vocab_size=16, rank=0, world_size=1, global_batch=8, seed=0)
+    with torch.no_grad():
+        expected = model(next(data.batches(0, 1)).tokens_BS).logits_BSV.mean().item()
+    assert one[0]["train/logit_mean"] == pytest.approx(expected, rel=1e-4)
+    for a, b in zip(one, two, strict=True):
+        assert b["train/logit_mean"] == pytest.approx(a["train/logit_mean"], rel=1e-3, abs=1e-6)
+    assert all("train/logit_mean" not in entry for entry in none)
+
+
+def read_lines(logs: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (logs / "run/log.jsonl").read_text().splitlines()]
+    return [e for e in entries if "train/loss" in e]
+
+
+def test_the_formula_of_mfu_is_said_once_on_a_gpu(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("open_lm.main.device_name", lambda device: "a GPU")
+    monkeypatch.setattr("open_lm.main.says_mfu", lambda device: True)
+    logit_means(str(tmp_path), "")
+    assert capsys.readouterr().out.count("MFU = tokens/s/GPU") == 1
+
+
+def train_in_stored_order(manifest: str, logs: str) -> None:
+    flags = FLAGS.replace("--dataset-type synthetic", f"--dataset-manifest {manifest} --data-key json")
+    main(shlex.split(f"{flags} --disable-buffer --epochs 1 --logs {logs}"))
+
+
+def test_bad_samples_of_every_rank_are_counted(spawn, tmp_path) -> None:
+    """One batch of 8 in stored order: the last two, which are the second rank's, are too short."""
+    with tarfile.open(tmp_path / "shard_00000000.tar", "w") as tar:
+        for sample in range(8):
+            data = json.dumps([0] * (5 if sample > 5 else 17)).encode()
+            member = tarfile.TarInfo(f"{sample:08d}.json")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    manifest = tmp_path / "manifest.jsonl"
+    manifest.write_text(json.dumps({"shard": "shard_00000000", "num_sequences": 8}))
+    spawn(2, train_in_stored_order, str(manifest), str(tmp_path / "logs"))
+    (line,) = read_lines(tmp_path / "logs")
+    assert line["train/bad_samples"] == 2
+    assert "2 samples too short or unreadable" in (tmp_path / "logs/run/out.log").read_text()

@@ -56,6 +56,11 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
     _check_eval(run.eval)
     if run.eval.val_max_pop_ci is not None and not (run.eval.val_seq_ci or run.eval.val_tok_ci):
         warnings.append("--val-max-pop-ci does nothing without --val-seq-ci or --val-tok-ci")
+    for name in ("val_seq_ci", "val_tok_ci", "val_num_samples"):
+        if getattr(run.eval, name) and not run.eval.val_data:
+            warnings.append(f"--{name.replace('_', '-')} does nothing without --val-data")
+    if run.checkpoint.remote_sync and not trains(run):
+        warnings.append("--remote-sync copies nothing in an evaluation without training")
     _check_optim(run.optim, given)
     _check_distributed(run.distributed, run.optim, given)
     _check_checkpoint(run.checkpoint, trains(run))
@@ -162,8 +167,10 @@ def _check_optim(optim: OptimConfig, given: Collection[str]) -> None:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
     for name in NOT_NEGATIVE:
-        if not getattr(optim, name) >= 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(optim, name)}: expected 0 or more")
+        if not 0 <= getattr(optim, name) < math.inf:
+            raise ValueError(
+                f"--{name.replace('_', '-')} {getattr(optim, name)}: expected 0 or more, and finite"
+            )
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ValueError(f"--{name} {getattr(optim, name)}: expected 0 <= {name} < 1")
@@ -208,6 +215,11 @@ def _check_distributed(parallel: DistributedConfig, optim: OptimConfig, given: C
         raise ValueError(f"--dist-url {parallel.dist_url}: expected env://, tcp://HOST:PORT or file:///PATH")
     if parallel.ddp_static_graph and parallel.fsdp:
         raise ValueError("--ddp-static-graph is DDP's, but --fsdp is given: drop one")
+    if parallel.ddp_static_graph and optim.accum_freq > 1:
+        raise ValueError(
+            f"--ddp-static-graph with --accum-freq {optim.accum_freq}: torch's static graph allows no accumulation "
+            "over micro-batches; drop one"
+        )
 
 
 def _check_checkpoint(checkpoint: CheckpointConfig, trains: bool) -> None:
@@ -228,7 +240,8 @@ def _check_checkpoint(checkpoint: CheckpointConfig, trains: bool) -> None:
 def _check_purpose(run: RunConfig) -> None:
     """Train, or evaluate a checkpoint: the flags must say which."""
     start, pretrained = run.checkpoint.resume, run.checkpoint.pretrained
-    if start and pretrained:
+    # a preempted fine-tuning run is started again by the same command: `latest` wins where there is one
+    if start and pretrained and not (start == "latest" and trains(run)):
         raise ValueError(
             f"--resume {start} continues a run, --pretrained {pretrained} starts a new one: use one"
         )
@@ -264,7 +277,7 @@ def _check_averaging(run: RunConfig) -> list[str]:
             raise ValueError("--average-coefficients needs --average: there are no checkpoints to add up")
         return []
     for flag, value in (("--resume", run.checkpoint.resume), ("--pretrained", run.checkpoint.pretrained)):
-        if value:
+        if value and not (flag == "--resume" and value == "latest" and trains(run)):
             raise ValueError(f"--average starts from a sum of checkpoints, {flag} from {value}: use one")
     if averagers and not trains(run):
         raise ValueError(

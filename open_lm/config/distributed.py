@@ -17,7 +17,8 @@ class DistributedConfig:
     """FSDP: gather parameters in bf16, reduce gradients in fp32."""
 
     fsdp_pure_bf16: bool = False
-    """FSDP: gather parameters and reduce gradients in bf16; weights and moments stay in fp32."""
+    """FSDP: gather parameters and reduce gradients in bf16; weights and moments stay in fp32 (in bf16 only under
+    --precision bf16)."""
 
     ddp_static_graph: bool = False
     """DDP: static_graph=True."""

@@ -98,6 +98,7 @@ def evaluate(
         **({"dropped_share": dropped / assignments} if assignments else {}),
         "tokens": int(tokens),
         "sequences": int(sequences),
+        "batch_sequences": batch_sequences,
         "skipped_sequences": int(skipped),
         "seconds": seconds,
         "tokens_per_second": tokens / max(seconds, 1e-9),

@@ -57,7 +57,7 @@ def test_wrong_names_are_quoted(names: str, message: str) -> None:
         ("--average a b --average-coefficients 1 2 3", "1.0 2.0 3.0: 3 for the 2 checkpoints"),
         ("--average a b --average-coefficients 1 nan", "finite"),
         ("--average-coefficients 1 2", "needs --average"),
-        ("--average a b --resume latest", "--resume from latest"),
+        ("--average a b --resume c.pt", "--resume from c.pt"),
         ("--average a b --pretrained x.pt", "--pretrained from x.pt"),
     ],
 )

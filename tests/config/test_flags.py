@@ -101,7 +101,9 @@ def test_unknown_flag_names_the_nearest(capsys) -> None:
         ("--fsdp --fsdp-hybrid --fsdp-hybrid-o2", "--fsdp-hybrid and --fsdp-hybrid-o2 are both given"),
         ("--preset-world-size 0", "--preset-world-size 0: expected at least 1"),
         ("--dist-url localhost:1234", "--dist-url localhost:1234: expected env"),
-        ("--resume latest --pretrained x.pt", "use one"),
+        ("--resume y.pt --pretrained x.pt", "use one"),
+        ("--ddp-static-graph --accum-freq 2 --batch-size 4", "--ddp-static-graph with --accum-freq 2"),
+        ("--lr inf", "--lr inf: expected 0 or more, and finite"),
         ("--lr-scheduler const-cooldown", "needs --epochs-cooldown"),
         ("--lr-scheduler const-cooldown --epochs-cooldown 40", "--epochs-cooldown 40 > --epochs 32"),
         ("--epochs-cooldown 4", "const-cooldown, not cosine"),
@@ -172,9 +174,9 @@ def test_flags_without_work_say_so(name: str) -> None:
 
 
 def test_a_limit_without_an_interval_says_so() -> None:
-    (warning,) = check(*run_of(TRAIN + "--val-max-pop-ci 9"))
+    (warning,) = check(*run_of(TRAIN + "--val-max-pop-ci 9 --val-data V"))
     assert warning.startswith("--val-max-pop-ci does nothing")
-    assert check(*run_of(TRAIN + "--val-max-pop-ci 9 --val-tok-ci")) == []
+    assert check(*run_of(TRAIN + "--val-max-pop-ci 9 --val-tok-ci --val-data V")) == []
 
 
 def test_models_and_their_json(tmp_path) -> None:
@@ -250,3 +252,10 @@ def test_checkpoint_and_flags() -> None:
 def flatten_nested(config) -> dict:
     assert flatten(config) == flatten(asdict(config))
     return asdict(config)
+
+
+def test_flags_without_what_they_act_on_say_so() -> None:
+    (warning,) = check(*run_of(TRAIN + "--val-seq-ci"))
+    assert warning == "--val-seq-ci does nothing without --val-data"
+    (warning,) = check(*run_of("--val-data V --resume epoch_1.pt --remote-sync s3://b"))
+    assert warning.startswith("--remote-sync copies nothing")
