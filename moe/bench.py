@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.log import commit
 from open_lm.moe.backends import BACKENDS
@@ -85,7 +84,7 @@ class Dense(nn.Module):
 
 def make_moe(shape: Shape, backend: str, capacity_factor: float) -> MoE:
     moe = MoEConfig(
-        freq=1,
+        dim=shape.dim,
         num_experts=shape.experts,
         top_k=shape.top_k,
         capacity_factor=capacity_factor,
@@ -93,7 +92,7 @@ def make_moe(shape: Shape, backend: str, capacity_factor: float) -> MoE:
         hidden_dim=shape.width,
         backend=backend,  # type: ignore[arg-type]
     )
-    return MoE(ModelConfig(dim=shape.dim, n_layers=1, n_heads=1, seq_len=1, vocab_size=1, moe=moe))
+    return MoE(moe)
 
 
 def step_of(module: nn.Module, shape: Shape, device: str, dtype: str) -> Callable[[], None]:
@@ -107,7 +106,7 @@ def step_of(module: nn.Module, shape: Shape, device: str, dtype: str) -> Callabl
         module.zero_grad(set_to_none=True)
         with torch.autocast(device, dtype=autocast) if autocast else nullcontext():
             out = module(x_BSD)
-        y_BSD, losses = (out, []) if isinstance(out, Tensor) else (out[0], [0.1 * out[1].balance_loss])
+        y_BSD, losses = (out, []) if isinstance(out, Tensor) else (out[0], [out[1].loss])
         torch.autograd.backward([y_BSD, *losses], [gradient.to(y_BSD.dtype), *(None for _ in losses)])
 
     return step

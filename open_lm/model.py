@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from open_lm.config.model import ModelConfig
 from open_lm.loss import LinearLoss, linear_cross_entropy
-from open_lm.moe.layer import MoE
-from open_lm.moe.placement import moe_layers
+from open_lm.moe.layer import MoE, Tokens
+from open_lm.moe.placement import layer_config, moe_layers
 from open_lm.moe.stats import RouterStats
 from open_lm.nn.attention import LayerCache
 from open_lm.nn.block import Block
@@ -50,8 +50,9 @@ class Transformer(nn.Module):
         self.post_embed_norm = norm(config.dim, config.norm_eps) if config.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList()
         for layer in range(config.n_layers):
-            feed_forward = MoE(config) if layer in sparse else FFNS[config.ffn_type](config)
-            self.layers.append(Block(config, feed_forward))
+            mixed = layer in sparse
+            feed_forward = MoE(layer_config(config, layer)) if mixed else FFNS[config.ffn_type](config)
+            self.layers.append(Block(config, feed_forward, sparse=mixed))
         self.norm = norm(config.dim, config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self.tie_weights_()
@@ -61,11 +62,13 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         targets_BS: Tensor | None = None,
         *,
+        real_BS: Tensor | None = None,
         caches: Sequence[LayerCache] | None = None,
         z_loss_coefficient: float = 0.0,
     ) -> Output:
         """Logits of each next token; or, given the targets, their loss without logits in memory.
 
+        real_BS (bool) is False for padding, of which MoE layers take no notice; None: all tokens are real.
         With caches, one per layer, the tokens follow those already there.
         """
         x_BSD = self.post_embed_norm(self.tok_embeddings(tokens_BS))
@@ -74,12 +77,13 @@ class Transformer(nn.Module):
         first = self.layers[0]
         assert isinstance(first, Block)
         table = first.attention.position_table(x_BSD, caches[0] if caches else None)
+        about = Tokens(tokens_BS if self.config.moe.router == "hash" else None, real_BS)
         router_stats = []
         for layer, block in enumerate(self.layers):
             if recompute:
-                x_BSD, stats = checkpoint(block, x_BSD, None, table, use_reentrant=False)
+                x_BSD, stats = checkpoint(block, x_BSD, None, table, about, use_reentrant=False)
             else:
-                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer], table)
+                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer], table, about)
             if stats is not None:
                 router_stats.append(stats)
         x_BSD = self.norm(x_BSD)
@@ -126,9 +130,10 @@ class Count(NamedTuple):
 
 def count_parameters(config: ModelConfig) -> Count:
     """Exact numbers, from the meta device: no memory is taken."""
-    total = experts = 0
+    total = idle = 0
     for name, parameter in build(config).named_parameters():
         total += parameter.numel()
-        experts += parameter.numel() if ".experts.mlp." in name else 0
-    each = experts // (config.moe.num_experts or 1)
-    return Count(total, total - experts + each * config.moe.top_k if experts else total)
+        if ".experts.mlp." in name:
+            experts = parameter.shape[0]
+            idle += parameter.numel() // experts * (experts - config.moe.top_k)
+    return Count(total, total - idle)

@@ -17,7 +17,7 @@ from open_lm.data.loader import Batch
 from open_lm.log import Log, logger
 from open_lm.loss import IGNORE_INDEX
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
-from open_lm.moe.stats import RouterStats, pack
+from open_lm.moe.stats import RouterStats, pack, router_loss
 from open_lm.optim import (
     LossScale,
     clip_,
@@ -71,7 +71,7 @@ def accumulate_gradients(
             loss, stats = output.loss, output.router_stats
             objective = loss.objective_sum * per_token
             if stats:
-                objective = objective + router_loss(stats, config) / len(micro_batches)
+                objective = objective + router_loss(stats, config.moe) / len(micro_batches)
             clock.lap("forward_time")
             (objective * loss_scale).backward()
             clock.lap("backward_time")
@@ -116,13 +116,6 @@ def log_averaged_losses(
     log.metrics({f"train/{name}_loss": loss for name, loss in losses.items()}, step)
     shown = " | ".join(f"{name} loss {loss:.4f}" for name, loss in losses.items())
     logger.info(f"step {step:,}, averaged weights | {shown}")
-
-
-def router_loss(stats: tuple[RouterStats, ...], config: ModelConfig) -> Tensor:
-    """Weighted load-balancing and z-loss, each the mean over the MoE layers."""
-    balance = torch.stack([s.balance_loss for s in stats]).mean()
-    z = torch.stack([s.z_loss for s in stats]).mean()
-    return config.moe.loss_weight * balance + config.moe.z_loss_weight * z
 
 
 def train(

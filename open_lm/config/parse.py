@@ -13,6 +13,7 @@ import yaml
 from open_lm.config.run import RunConfig
 
 PROGRAM = "open_lm.main"
+NO_FLAGS = ("dim",)  # MoEConfig's, for a layer by itself; a model's comes from its JSON
 
 
 def parse(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
@@ -41,6 +42,8 @@ def flag_types() -> dict[str, Any]:
     for group in fields(RunConfig):
         group_class = get_type_hints(RunConfig)[group.name]
         for name, hint in get_type_hints(group_class, include_extras=True).items():
+            if name in NO_FLAGS:
+                continue
             if get_origin(hint) is Annotated:
                 hint, *extras = get_args(hint)
                 name = next(x.name for x in extras if getattr(x, "name", None)).replace("-", "_")
@@ -54,7 +57,7 @@ def flag_values(run: RunConfig) -> dict[str, Any]:
     names = iter(flag_types())
     for group in fields(RunConfig):
         part = getattr(run, group.name)
-        for field in fields(part):
+        for field in (f for f in fields(part) if f.name not in NO_FLAGS):
             value = getattr(part, field.name)
             values[next(names)] = list(value) if isinstance(value, tuple) else value
     return values

@@ -10,6 +10,8 @@ from typing import Any
 
 from open_lm.config.model import ModelConfig, ModelFlags
 from open_lm.config.moe import MoEConfig
+from open_lm.config.moe_check import check_moe
+from open_lm.config.parse import NO_FLAGS
 
 # The architecture's size: only a model's JSON says it, no flag does.
 SIZE_KEYS = {"hidden_dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "seq_len": "seq_len",
@@ -20,8 +22,10 @@ REQUIRED_KEYS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 MODEL_FLAGS = ("model_norm", "ffn_type", "qk_norm", "positional_embedding_type", "attn_name",
                "attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha")  # fmt: skip
 # What may differ between training and evaluation without making it another model.
-RUNTIME_FIELDS = {"attn_name", "moe_capacity_factor", "moe_loss_weight", "moe_z_loss_weight", "moe_init",
-                  "moe_backend"}  # fmt: skip
+RUNTIME_FIELDS = {"attn_name", *(f"moe_{name}" for name in (
+    "backend", "balance", "bias_rate", "capacity_factor", "capacity_per", "capacity_rounding", "drop_policy",
+    "eval_capacity_factor", "eval_threshold", "init", "jitter", "loss_weight", "min_capacity", "noise",
+    "pad_to_capacity", "z_loss_weight"))}  # fmt: skip
 
 
 def model_names() -> list[str]:
@@ -46,8 +50,14 @@ def read_model(model: str) -> dict[str, Any]:
         raise ValueError(f"--model {model}: {error}") from error
     if not isinstance(entries, dict):
         raise ValueError(f"--model {model}: expected a JSON object, found {type(entries).__name__}")
-    known = [*SIZE_KEYS, *MODEL_FLAGS, *(f"moe_{f.name}" for f in fields(MoEConfig))]
-    for key in entries:
+    known = [
+        *SIZE_KEYS,
+        *MODEL_FLAGS,
+        *(f"moe_{f.name}" for f in fields(MoEConfig) if f.name not in NO_FLAGS),
+    ]
+    for key, value in entries.items():
+        if isinstance(value, list):
+            entries[key] = tuple(value)
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {nearest[0]!r}?" if nearest else f". Known keys: {', '.join(known)}"
@@ -100,35 +110,7 @@ def check_model(config: ModelConfig, given: Collection[str] = ()) -> None:
             "--attn-activation, --attn-seq-scalar and --attn-seq-scalar-alpha need --attn-name custom_attn, "
             f"not {config.attn_name}"
         )
-    _check_moe(config.moe, given)
-
-
-def _check_moe(moe: MoEConfig, given: Collection[str]) -> None:
-    if moe.freq < 0:
-        raise ValueError(f"--moe-freq {moe.freq}: expected 0 (dense) or more")
-    if moe.num_experts is not None and moe.num_experts < 1:
-        raise ValueError(f"--moe-num-experts {moe.num_experts}: expected at least 1")
-    if moe.top_k < 1:
-        raise ValueError(f"--moe-top-k {moe.top_k}: expected at least 1")
-    if moe.num_experts is not None and moe.top_k > moe.num_experts:
-        raise ValueError(
-            f"--moe-top-k {moe.top_k} > --moe-num-experts {moe.num_experts}: a token cannot go to more "
-            "experts than there are"
-        )
-    if moe.freq == 0:
-        if stray := sorted(_flag(name) for name in given if name.startswith("moe_") and name != "moe_freq"):
-            raise ValueError(
-                f"{', '.join(stray)} given, but --moe-freq is 0 (a dense model): add --moe-freq N, "
-                "or drop them"
-            )
-        return
-    if moe.num_experts is None:
-        raise ValueError(f"--moe-freq {moe.freq} needs --moe-num-experts")
-    for name in ("capacity_factor", "loss_weight", "z_loss_weight"):
-        if not getattr(moe, name) >= 0:
-            raise ValueError(f"--moe-{name.replace('_', '-')} {getattr(moe, name)}: expected 0 or more")
-    if moe.hidden_dim is not None and moe.hidden_dim < 1:
-        raise ValueError(f"--moe-hidden-dim {moe.hidden_dim}: expected at least 1")
+    check_moe(config.moe, given, config.n_layers)
 
 
 def reconcile(
@@ -166,7 +148,8 @@ def flatten(config: ModelConfig | Mapping[str, Any]) -> dict[str, Any]:
     """`{"dim": …, "moe_num_experts": …}` of a ModelConfig or of its `asdict`."""
     entries = asdict(config) if isinstance(config, ModelConfig) else dict(config)
     moe = entries.pop("moe", {})
-    return entries | {f"moe_{name}": value for name, value in moe.items()}
+    entries |= {f"moe_{name}": value for name, value in moe.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
 
 
 def _flag(name: str) -> str:

@@ -16,8 +16,11 @@ from open_lm.moe.routing import Routing
 
 
 def dispatch(x_TD: Tensor, routing: Routing) -> Tensor:
-    """x_RD: the input of every row, x[token]; dtype as x."""
-    return _Dispatch.apply(x_TD, routing.token_R, routing.row_TK)
+    """x_RD: the input of every row, x[token], times its input weight if there is one; dtype as x."""
+    x_RD = _Dispatch.apply(x_TD, routing.token_R, routing.row_TK)
+    if routing.input_weight_R is None:
+        return x_RD
+    return (x_RD * routing.input_weight_R[:, None]).to(x_RD.dtype)
 
 
 def combine(y_RD: Tensor, routing: Routing) -> Tensor:

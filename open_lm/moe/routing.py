@@ -1,6 +1,6 @@
-"""`Routing`, the one type between a router and the experts, and the functions that make and shorten it.
+"""`Routing`, the one type between a router and the experts, and the functions that make and change it.
 
-Shapes: T tokens, E experts, K choices per token, R = T*K assignments ("rows").
+Shapes: T tokens, E experts, K choices per token, R assignments ("rows"; T*K where every token has K).
 Everything here is sort, cumsum and gather of static shapes: no host sync, so it compiles and it never waits.
 """
 
@@ -19,12 +19,40 @@ class Routing(NamedTuple):
     token_R: Tensor  # int64: the token that is this row's input and to which its output is added
     weight_R: Tensor  # float32: the combine weight; it carries the router's gradient
     count_E: Tensor  # int64: rows of each expert
-    logits_TE: Tensor  # float32: the router's scores, for the auxiliary losses
-    row_TK: Tensor | None  # int64: the rows of each token, or None if tokens differ in how many they have
+    logits_TE: Tensor  # float32: the router's scores before softmax or sigmoid, for the z-loss
+    row_TK: Tensor | None = (
+        None  # int64: the rows of each token, or None if tokens differ in how many they have
+    )
+    probability_TE: Tensor | None = None
+    # float32, sums to one per token: what the balancing losses act on; None: the softmax of the logits
+    choice_TK: Tensor | None = None
+    # int64: the experts of the K largest unbiased, noiseless scores, best first: what those losses count;
+    # None: the rows themselves, as far as they are in no order of preference
+    input_weight_R: Tensor | None = None  # float32: multiplies each row's input; None: ones
 
 
-def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor) -> Routing:
-    """The Routing of K choices per token: rows sorted by expert, within an expert by token, then choice."""
+class Context(NamedTuple):
+    """What a router may know beside the logits. Tokens are numbered sequence by sequence: T = B * S."""
+
+    training: bool = False
+    """Noise and other measures against collapse belong to training alone."""
+    sequences: int = 1
+    """B: token t is at position t % S of sequence t // S."""
+    capacity: int = 0
+    """The most rows of an expert (of one sequence, with --moe-capacity-per sequence); 0: no limit."""
+    real_T: Tensor | None = None
+    """bool: False for padding, which must take no place from others. None: all are real."""
+    bias_E: Tensor | None = None
+    """float32: added to the scores for the selection alone (--moe-balance bias)."""
+    id_T: Tensor | None = None
+    """int64: token ids, where the layer is told them."""
+
+
+def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, **more: Tensor | None) -> Routing:
+    """The Routing of K choices per token: rows sorted by expert, within an expert by token, then choice.
+
+    `more` are Routing's other fields.
+    """
     (T, K), E = expert_TK.shape, logits_TE.shape[1]
     # A radix sort, as on a GPU, takes fewer passes over 16 bits than over 64.
     expert_R, order_R = expert_TK.flatten().to(torch.int16).sort(stable=True)
@@ -36,32 +64,46 @@ def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor) -> R
         count_E=end_E.diff(prepend=end_E.new_zeros(1)),
         logits_TE=logits_TE,
         row_TK=invert(order_R).view(T, K),
+        **more,
     )
 
 
-def drop_by_position(routing: Routing, capacity: int) -> Routing:
-    """Keep the first `capacity` rows of each expert, in token order; the others go to the end with weight 0.
-
-    R stays as it is (a static shape); count_E becomes min(count_E, capacity). Source: GShard (2006.16668),
-    with MegaBlocks' order: by token, not by choice.
-    """
+def expert_of_row(routing: Routing) -> Tensor:
+    """expert_R, int64: each row's expert; that of the dropped rows, which have none, is the last."""
     row_R = torch.arange(routing.token_R.numel(), device=routing.token_R.device)
     end_E = routing.count_E.cumsum(0)
-    expert_R = torch.searchsorted(end_E, row_R, right=True).clamp(max=routing.count_E.numel() - 1)
-    position_R = row_R - (end_E - routing.count_E)[expert_R]
-    kept_R = (position_R < capacity) & (row_R < end_E[-1])
+    return torch.searchsorted(end_E, row_R, right=True).clamp(max=routing.count_E.numel() - 1)
 
+
+def keep(routing: Routing, kept_R: Tensor) -> Routing:
+    """Only the rows where kept_R (bool) holds, in their order; the others go to the end with weight 0.
+
+    R stays as it is (a static shape). Rows that were dropped before must not be kept.
+    """
     # Kept rows close ranks, dropped rows follow them: each row's new place, by counting instead of sorting.
     kept_before_R = kept_R.cumsum(0) - kept_R.long()
+    row_R = torch.arange(kept_R.numel(), device=kept_R.device)
     place_R = torch.where(kept_R, kept_before_R, kept_R.sum() + row_R - kept_before_R)
     order_R = invert(place_R)
-    return Routing(
+    # counted from the running sum, at the experts' ends: no atomics
+    kept_until_R1 = torch.cat((kept_before_R, kept_R.sum()[None]))
+    end_E = routing.count_E.cumsum(0)
+    scale_R = routing.input_weight_R
+    return routing._replace(
         token_R=routing.token_R[order_R],
         weight_R=torch.where(kept_R, routing.weight_R, 0.0).gather(0, order_R),
-        count_E=routing.count_E.clamp(max=capacity),
-        logits_TE=routing.logits_TE,
+        count_E=kept_until_R1[end_E].diff(prepend=end_E.new_zeros(1)),
         row_TK=None if routing.row_TK is None else place_R[routing.row_TK],
+        input_weight_R=None if scale_R is None else scale_R.gather(0, order_R),
     )
+
+
+def normalize(routing: Routing, eps: float) -> Routing:
+    """Each token's weights divided by their sum, at least eps. Needs row_TK."""
+    row_TK = routing.row_TK
+    assert row_TK is not None
+    sum_T = routing.weight_R[row_TK].sum(dim=1).clamp(min=eps)
+    return routing._replace(weight_R=routing.weight_R / sum_T[routing.token_R])
 
 
 def invert(permutation_R: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from transformers import MixtralConfig, OlmoeConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.olmoe.modeling_olmoe import OlmoeSparseMoeBlock
 
-from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.moe.layer import MoE
 
@@ -39,7 +38,7 @@ def test_same_outputs_and_gradients(block, normalize, backend):
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=D**-0.5)
     moe = MoEConfig(
-        freq=1,
+        dim=D,
         num_experts=E,
         top_k=K,
         capacity_factor=0.0,
@@ -48,7 +47,7 @@ def test_same_outputs_and_gradients(block, normalize, backend):
         hidden_dim=WIDTH,
         backend=backend,
     )
-    ours = MoE(ModelConfig(dim=D, n_layers=1, n_heads=1, seq_len=8, vocab_size=8, moe=moe))
+    ours = MoE(moe)
     mlp = ours.experts.mlp
     assert mlp.v1 is not None
     with torch.no_grad():

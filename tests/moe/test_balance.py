@@ -4,10 +4,15 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.balance import load_balancing_loss, router_z_loss
+from open_lm.moe.balance import router_z_loss, switch_loss
 from open_lm.moe.routers import top_k
+from open_lm.moe.routing import Context
 
 GOLDEN_LOGITS_TE = torch.sin(1 + 4 * torch.arange(16.0)[:, None] + torch.arange(4.0))
+
+
+def load_balancing_loss(logits_TE, count_E):
+    return switch_loss(count_E, logits_TE.softmax(-1).sum(0), len(logits_TE))
 
 
 def test_golden_values():
@@ -22,7 +27,7 @@ def test_golden_values():
 def test_k_times_balance_is_transformers_loss_and_gradient():
     for T, E, k in [(64, 8, 2), (33, 5, 3), (16, 4, 1)]:
         logits_TE = (2 * torch.randn(T, E)).requires_grad_()
-        count_E = top_k(logits_TE, MoEConfig(num_experts=E, top_k=k)).count_E
+        count_E = top_k(logits_TE, MoEConfig(num_experts=E, top_k=k), Context()).count_E
         ours = k * load_balancing_loss(logits_TE, count_E)
         theirs = load_balancing_loss_func((logits_TE,), E, k)
         torch.testing.assert_close(ours, theirs)

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
+from open_lm.moe.capacity import drop_by
 from open_lm.moe.dispatch import combine, dispatch
-from open_lm.moe.routing import drop_by_position, sort_by_expert
+from open_lm.moe.routing import sort_by_expert
 
 T, E, K, D = 7, 5, 3, 4
 
 
 def make_routing(weight_TK: torch.Tensor, *, gather: bool):
     expert_TK = (2 * torch.arange(T)[:, None] + torch.arange(K)) % E
-    routing = drop_by_position(sort_by_expert(expert_TK, weight_TK, torch.zeros(T, E)), capacity=3)
+    routing = drop_by(sort_by_expert(expert_TK, weight_TK, torch.zeros(T, E)), capacity=3)
     return routing if gather else routing._replace(row_TK=None)
 
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.moe.layer import MoE
 
@@ -18,14 +17,14 @@ pytestmark = [
 def make_layer(backend: str, factor: float, ffn_type="swiglu", dim=72, hidden_dim=100) -> MoE:
     """Weights and inputs are exact in 16 bits, so that all precisions choose the same experts."""
     moe = MoEConfig(
-        freq=1,
+        dim=dim,
         num_experts=8,
         capacity_factor=factor,
         ffn_type=ffn_type,  # type: ignore[arg-type]
         hidden_dim=hidden_dim,
         backend=backend,  # type: ignore[arg-type]
     )
-    layer = MoE(ModelConfig(dim=dim, n_layers=1, n_heads=1, seq_len=8, vocab_size=8, moe=moe))
+    layer = MoE(moe)
     torch.manual_seed(0)
     for parameter in layer.parameters():
         parameter.data = (parameter.data.normal_(std=dim**-0.5)).bfloat16().half().float()
@@ -37,7 +36,7 @@ def run(layer, x: torch.Tensor) -> list[torch.Tensor]:
     for parameter in layer.parameters():
         parameter.grad = None
     y, stats = layer(x)
-    (y.float().square().sum() + stats.balance_loss).backward()
+    (y.float().square().sum() + stats.loss).backward()
     found = [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
     assert all(part is not None and part.isfinite().all() for part in found)
     return [part.clone() for part in found]
@@ -94,7 +93,7 @@ def test_bfloat16_does_not_wait_for_the_host_and_repeats(factor):
         layer.zero_grad(set_to_none=True)
         with torch.autocast("cuda", dtype=torch.bfloat16):
             y, stats = layer(x_in)
-        (y.float().square().sum() + stats.balance_loss).backward()
+        (y.float().square().sum() + stats.loss).backward()
         assert x_in.grad is not None
         return [y.detach(), x_in.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)]
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.layer import MoE, capacity
+from open_lm.moe.capacity import capacity, drop_by
+from open_lm.moe.layer import MoE
 from open_lm.moe.routers import top_k
-from open_lm.moe.routing import drop_by_position
+from open_lm.moe.routing import Context
 
 
 @pytest.fixture(autouse=True)
@@ -24,8 +24,8 @@ BACKENDS = ["reference", "grouped_mm"]
 
 def make_layer(*, dim=9, hidden_dim=7, backend="grouped_mm", seed=0, **options) -> MoE:
     """A layer whose outputs, logits and gradients are all of order one. Odd widths need padding."""
-    moe = MoEConfig(freq=1, hidden_dim=hidden_dim, backend=backend, **({"num_experts": 5} | options))
-    layer = MoE(ModelConfig(dim=dim, n_layers=1, n_heads=1, seq_len=8, vocab_size=8, moe=moe))
+    moe = MoEConfig(dim=dim, hidden_dim=hidden_dim, backend=backend, **({"num_experts": 5} | options))
+    layer = MoE(moe)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in layer.named_parameters():
         fan_in = {"experts.mlp.w2": hidden_dim, "experts.bias": 1}.get(name, dim)
@@ -109,7 +109,7 @@ def test_few_tokens_and_idle_experts_give_every_parameter_a_finite_gradient(back
     layer = make_layer(backend=backend, ffn_type="swiglu", num_experts=16, capacity_factor=factor)
     x_BSD = torch.randn(*shape, 9, requires_grad=True)
     y_BSD, stats = layer(x_BSD)
-    (y_BSD.square().sum() + stats.balance_loss + stats.z_loss).backward()
+    (y_BSD.square().sum() + stats.loss).backward()
     assert y_BSD.shape == x_BSD.shape
     for parameter in [*layer.parameters(), x_BSD]:
         assert parameter.grad is not None
@@ -161,7 +161,7 @@ def test_reference_gradients_in_double_precision():
 
 def _routing_of(layer: MoE, x_TD: torch.Tensor):
     logits_TE = x_TD @ layer.router.layer.weight.detach().T.float()
-    return drop_by_position(top_k(logits_TE, layer.config), capacity(len(x_TD), layer.config))
+    return drop_by(top_k(logits_TE, layer.config, Context()), capacity(len(x_TD), layer.config))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -207,19 +207,9 @@ def test_parameter_names_and_shapes_are_open_lms():
         "experts.mlp.w1": (5, 9, 7),
         "experts.mlp.w2": (5, 7, 9),
     }
-    moe = MoEConfig(freq=1, num_experts=2)
-    layer = MoE(ModelConfig(dim=288, n_layers=1, n_heads=1, seq_len=8, vocab_size=8, moe=moe))
+    layer = MoE(MoEConfig(dim=288, num_experts=2))
     assert layer.experts.mlp.w1.shape == (2, 288, 4 * 288)
-    layer = MoE(
-        ModelConfig(
-            dim=288,
-            n_layers=1,
-            n_heads=1,
-            seq_len=8,
-            vocab_size=8,
-            moe=MoEConfig(freq=1, num_experts=2, ffn_type="swiglu"),
-        )
-    )
+    layer = MoE(MoEConfig(dim=288, num_experts=2, ffn_type="swiglu"))
     assert layer.experts.mlp.v1 is not None
     assert layer.experts.mlp.v1.shape == (2, 288, 768)
 

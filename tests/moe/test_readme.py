@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 
-from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.moe import routers
 from open_lm.moe.layer import MoE
@@ -20,8 +19,8 @@ def test_the_printed_router_routes(monkeypatch):
     scope = {"torch": torch, "sort_by_expert": sort_by_expert}
     exec(code, scope)
     monkeypatch.setitem(routers.ROUTERS, "round_robin", scope["round_robin"])
-    moe = MoEConfig(freq=1, num_experts=4, top_k=1, router="round_robin")  # type: ignore[arg-type]
-    layer = MoE(ModelConfig(dim=8, n_layers=1, n_heads=1, seq_len=8, vocab_size=8, moe=moe))
+    moe = MoEConfig(dim=8, num_experts=4, top_k=1, router="round_robin")  # type: ignore[arg-type]
+    layer = MoE(moe)
     y_BSD, stats = layer(torch.randn(2, 8, 8))
     assert y_BSD.shape == (2, 8, 8)
     assert stats.count_E.tolist() == [4, 4, 4, 4]

@@ -5,9 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.layer import capacity
+from open_lm.moe.capacity import capacity, drop_by
 from open_lm.moe.routers import top_k
-from open_lm.moe.routing import Routing, drop_by_position, sort_by_expert
+from open_lm.moe.routing import Context, Routing, sort_by_expert
 
 
 def test_four_tokens_by_hand():
@@ -20,7 +20,7 @@ def test_four_tokens_by_hand():
     assert routing.row_TK is not None
     assert routing.row_TK.tolist() == [[4, 0], [5, 3], [1, 6], [7, 2]]
 
-    kept = drop_by_position(routing, 2)
+    kept = drop_by(routing, 2)
     assert kept.token_R.tolist() == [0, 2, 1, 0, 1, 3, 2, 3]
     torch.testing.assert_close(kept.weight_R, torch.tensor([0.2, 0.5, 0.4, 0.1, 0.3, 0.0, 0.0, 0.0]))
     assert kept.count_E.tolist() == [2, 1, 2]
@@ -56,7 +56,7 @@ def test_sorting_and_dropping(case):
     weight_TK = 1 + torch.arange(T * K, dtype=torch.float32).reshape(T, K)
     weight_TK.requires_grad_()
     routing = sort_by_expert(expert_TK, weight_TK, torch.zeros(T, E))
-    kept = drop_by_position(routing, limit)
+    kept = drop_by(routing, limit)
 
     wanted = [
         [(t, weight_TK[t, k].item()) for t in range(T) for k in range(K) if expert_TK[t, k] == e]
@@ -84,9 +84,9 @@ def test_sorting_and_dropping(case):
     assert weight_TK.grad.flatten().tolist() == wanted_TK.tolist()
 
     # Dropping again with the same capacity changes nothing; a smaller one drops on.
-    again = drop_by_position(kept, limit)
+    again = drop_by(kept, limit)
     assert rows_by_expert(again) == rows_by_expert(kept)
-    assert rows_by_expert(drop_by_position(kept, limit // 2)) == [rows[: limit // 2] for rows in wanted]
+    assert rows_by_expert(drop_by(kept, limit // 2)) == [rows[: limit // 2] for rows in wanted]
 
 
 def test_top_k_weights_are_the_probabilities():
@@ -96,7 +96,7 @@ def test_top_k_weights_are_the_probabilities():
         True: [0.41766366362571716, 0.5823363065719604],
     }
     for normalize, weights in wanted.items():
-        routing = top_k(logits_TE, MoEConfig(num_experts=4, top_k=2, normalize_weights=normalize))
+        routing = top_k(logits_TE, MoEConfig(num_experts=4, top_k=2, normalize_weights=normalize), Context())
         assert routing.row_TK is not None
         # moe_golden.json, probs_t1_pre and probs_t1_post: token 1 goes to experts 2 and 3.
         of_token_1 = routing.weight_R[routing.row_TK[1]].sort().values

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_lm.moe.dispatch import combine, dispatch
-from open_lm.moe.routing import Routing
+from open_lm.moe.routing import Routing, expert_of_row
 
 if TYPE_CHECKING:
     from open_lm.moe.experts import ExpertMLP
@@ -27,14 +27,18 @@ def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     # grouped_mm does not follow autocast by itself.
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-    x_TD, w1_EDF, w2_EFD = _align(x_TD, dtype), _align(mlp.w1, dtype), _align(mlp.w2, dtype)
-    v1_EDF = None if mlp.v1 is None else _align(mlp.v1, dtype)
+    x_TD = _align(x_TD, dtype)
     end_E = _group_ends(routing)
+    expert_R = None if mlp.b2 is None else expert_of_row(routing)
+
+    def product(a_RD: Tensor, w_EDF: Tensor, b_EF: Tensor | None) -> Tensor:
+        y_RF = multiply(a_RD, _align(w_EDF, dtype), end_E)
+        return y_RF if b_EF is None else y_RF + _align(b_EF, dtype)[expert_R]
 
     x_RD = dispatch(x_TD, routing)
-    gate_RF = multiply(x_RD, w1_EDF, end_E)
-    value_RF = None if v1_EDF is None else multiply(x_RD, v1_EDF, end_E)
-    y_RD = multiply(mlp.activate(gate_RF, value_RF), w2_EFD, end_E)
+    gate_RF = product(x_RD, mlp.w1, mlp.b1)
+    value_RF = None if mlp.v1 is None else product(x_RD, mlp.v1, mlp.c1)
+    y_RD = product(mlp.activate(gate_RF, value_RF), mlp.w2, mlp.b2)
     return combine(y_RD, routing)[:, : mlp.w2.shape[2]]
 
 
@@ -51,7 +55,7 @@ def _group_ends(routing: Routing) -> Tensor:
 
 
 def _align(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (T, D) or (E, D, F) as `dtype`, its widths D and F padded with zeros to multiples of 16 bytes.
+    """x (T, D), (E, F) or (E, D, F) as `dtype`, its widths D and F padded with zeros to multiples of 16 bytes.
 
     grouped_mm takes only rows that start at multiples of 16 bytes. The padding adds nothing to any product.
     """

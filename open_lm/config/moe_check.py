@@ -1,0 +1,296 @@
+"""Which settings of a mixture of experts contradict each other, and which see later tokens."""
+
+import ast
+import math
+from collections.abc import Collection
+from dataclasses import fields
+
+from open_lm.config.moe import SELF_BALANCED, MoEConfig
+
+# Routers in which experts choose tokens: they fill each expert to its capacity and drop nothing.
+EXPERTS_CHOOSE = ("expert_choice", "expert_choice_causal")
+POSITIVE = ("num_groups", "top_groups", "weight_scale", "threshold", "eval_threshold", "hidden_dim",
+            "dim")  # fmt: skip
+NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor", "min_capacity", "bias_rate",
+                "z_loss_weight", "shared_hidden_dim")  # fmt: skip
+
+
+def check_moe(moe: MoEConfig, given: Collection[str] = (), n_layers: int | None = None) -> None:
+    """Raises ValueError on the first contradiction, naming the flags, their values and what to do.
+
+    `given` are the names ("moe_top_k") of flags given by hand, `n_layers` the model's depth; without it, the
+    placement of layers is not looked at (a layer by itself).
+    """
+    for name in POSITIVE:
+        if (value := getattr(moe, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"{flag(name)} {value}: expected more than 0")
+    for name in NOT_NEGATIVE:
+        if (value := getattr(moe, name)) is not None and not 0 <= value < math.inf:
+            raise ValueError(f"{flag(name)} {value}: expected 0 or more")
+    if moe.top_k < 1:
+        raise ValueError(f"--moe-top-k {moe.top_k}: expected at least 1")
+    for experts in moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts,):
+        if experts is not None:
+            _check_experts(moe, experts)
+    if n_layers is not None and not _check_placement(moe, given, n_layers):
+        return
+    if not 0 <= moe.jitter < 1:
+        raise ValueError(f"--moe-jitter {moe.jitter}: expected 0 <= jitter < 1")
+    _check_needed(moe, given)
+    _check_scores(moe)
+    _check_balance(moe)
+    _check_capacity(moe)
+    if moe.shared_mix != "sum" and not moe.shared_hidden_dim:
+        raise ValueError(
+            f"--moe-shared-mix {moe.shared_mix} without a shared expert: add --moe-shared-hidden-dim"
+        )
+
+
+def _check_experts(moe: MoEConfig, experts: int) -> None:
+    if experts < 1:
+        raise ValueError(f"--moe-num-experts {experts}: expected at least 1")
+    if moe.top_k > experts:
+        raise ValueError(
+            f"--moe-top-k {moe.top_k} > --moe-num-experts {experts}: a token cannot go to more experts than "
+            "there are"
+        )
+    if experts % moe.num_groups:
+        raise ValueError(
+            f"--moe-num-experts {experts} is not divisible into --moe-num-groups {moe.num_groups}"
+        )
+    if moe.top_groups > moe.num_groups:
+        raise ValueError(
+            f"--moe-top-groups {moe.top_groups} > --moe-num-groups {moe.num_groups}: a token cannot use more "
+            "groups than there are"
+        )
+    if moe.num_groups > 1 and (usable := experts // moe.num_groups * moe.top_groups) < moe.top_k:
+        raise ValueError(
+            f"--moe-top-k {moe.top_k}, but --moe-top-groups {moe.top_groups} of --moe-num-groups "
+            f"{moe.num_groups} leave a token only {usable} of {experts} experts: raise --moe-top-groups"
+        )
+    if moe.num_groups > 1 and moe.top_k % moe.top_groups:
+        raise ValueError(
+            f"--moe-top-k {moe.top_k} is not divisible by --moe-top-groups {moe.top_groups}: a group is judged "
+            "by its best k/top_groups scores"
+        )
+
+
+def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
+    """Refuses numbers that nothing would read."""
+    needs = {
+        "threshold": ("--moe-router threshold", moe.router == "threshold"),
+        "eval_threshold": ("--moe-router threshold", moe.router == "threshold"),
+        "bias_rate": ("--moe-balance bias", "bias" in moe.balances),
+        "top_groups": ("--moe-num-groups", moe.num_groups > 1),
+        "loss_weight": ("a loss in --moe-balance", bool(set(moe.balances) - {"bias"})),
+    }
+    for name, (needed, there) in needs.items():
+        value, default = getattr(moe, name), getattr(MoEConfig, name)
+        if not there and (value != default or f"moe_{name}" in given):
+            raise ValueError(f"{flag(name)} {value} needs {needed}: add it, or drop {flag(name)}")
+
+
+def _check_scores(moe: MoEConfig) -> None:
+    if moe.score == "sigmoid" and moe.score_order == "after":
+        raise ValueError(
+            "--moe-score sigmoid --moe-score-order after: a sigmoid does not depend on what was chosen; drop "
+            "--moe-score-order"
+        )
+    only_top_k = {
+        "--moe-score sigmoid": moe.score == "sigmoid",
+        "--moe-score-order after": moe.score_order == "after",
+        "--moe-num-groups": moe.num_groups > 1,
+        f"--moe-noise {moe.noise}": moe.noise != "none",
+    }
+    if moe.router != "top_k" and (wrong := [name for name, on in only_top_k.items() if on]):
+        raise ValueError(f"{', '.join(wrong)} belong to --moe-router top_k, not {moe.router}: drop one")
+    if moe.noise == "second_expert" and moe.top_k < 2:
+        raise ValueError(f"--moe-noise second_expert with --moe-top-k {moe.top_k}: there is no second expert")
+    if moe.normalize_weights and moe.top_k == 1 and moe.router == "top_k":
+        raise ValueError(
+            "--moe-normalize-weights with --moe-top-k 1 makes every weight 1: the router would not learn from "
+            "the output; drop it"
+        )
+    if moe.router in EXPERTS_CHOOSE:
+        for name in ("normalize_weights", "normalize_after_drops"):
+            if getattr(moe, name):
+                raise ValueError(
+                    f"{flag(name)} with --moe-router {moe.router}: a token may get no expert at all, its weights "
+                    "are not a distribution; drop it"
+                )
+    if moe.normalize_after_drops and moe.normalize_weights:
+        raise ValueError("--moe-normalize-weights and --moe-normalize-after-drops are both given: use one")
+
+
+def _check_balance(moe: MoEConfig) -> None:
+    names = moe.balance or ()
+    shown = f"--moe-balance {' '.join(names)}"
+    if moe.balance == ():
+        raise ValueError("--moe-balance has no value: name a method, or none")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"{shown}: none stands alone")
+    if len(set(names)) != len(names):
+        raise ValueError(f"{shown}: a method is named twice")
+    if moe.router in SELF_BALANCED and (useless := [name for name in names if name != "none"]):
+        raise ValueError(
+            f"--moe-balance {' '.join(useless)} with --moe-router {moe.router}, whose loads do not follow from the "
+            "router's probabilities alone: there is nothing to balance; use --moe-balance none"
+        )
+    if "bias" in names and moe.router != "top_k":
+        raise ValueError(
+            f"--moe-balance bias with --moe-router {moe.router}: the bias acts on top-k's scores; use "
+            "--moe-router top_k, or another method"
+        )
+    if "bias" in names and moe.score_order == "after":
+        raise ValueError(
+            "--moe-balance bias with --moe-score-order after: the bias is added to scores before the selection; "
+            "use --moe-score-order before"
+        )
+    losses = [name for name in moe.balances if name != "bias"]
+    weights = moe.loss_weight if isinstance(moe.loss_weight, tuple) else (moe.loss_weight,) * len(losses)
+    if len(weights) != len(losses):
+        raise ValueError(
+            f"--moe-loss-weight {' '.join(map(str, weights))}: {len(weights)} weights for the {len(losses)} losses "
+            f"of --moe-balance ({' '.join(losses) or 'none'}); give one for all, or one each (bias takes none)"
+        )
+    for weight in weights:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"--moe-loss-weight {weight}: expected 0 or more")
+
+
+def _check_capacity(moe: MoEConfig) -> None:
+    dropless = not moe.capacity_factor and not moe.eval_capacity_factor
+    for name, default in (("drop_policy", "position"), ("pad_to_capacity", False), ("min_capacity", 0),
+                          ("capacity_per", "batch")):  # fmt: skip
+        value = getattr(moe, name)
+        if dropless and value != default:
+            raise ValueError(
+                f"{flag(name)} {value} with --moe-capacity-factor 0 (dropless): there is no capacity; drop one"
+            )
+    if moe.router in EXPERTS_CHOOSE:
+        if not moe.capacity_factor or moe.eval_capacity_factor == 0:
+            raise ValueError(
+                f"--moe-router {moe.router} with a capacity factor of 0: each expert takes factor * k * T / E "
+                "tokens; give --moe-capacity-factor (Zhou et al.: k * factor = 2)"
+            )
+        if moe.drop_policy != "position":
+            raise ValueError(
+                f"--moe-drop-policy {moe.drop_policy} with --moe-router {moe.router}: experts choose, nothing is "
+                "dropped"
+            )
+    if moe.router == "expert_choice_causal" and moe.capacity_per == "sequence":
+        raise ValueError(
+            "--moe-router expert_choice_causal chooses over the batch at one position: --moe-capacity-per batch"
+        )
+
+
+def _check_placement(moe: MoEConfig, given: Collection[str], n_layers: int) -> bool:
+    """Whether there are MoE layers; raises ValueError where the flags that place them disagree."""
+    ways = {"--moe-freq": moe.freq != 0, "--moe-layers": moe.layers is not None,
+            "--moe-layer-pattern": moe.layer_pattern is not None}  # fmt: skip
+    chosen = [name for name, on in ways.items() if on]
+    if moe.freq < 0:
+        raise ValueError(f"--moe-freq {moe.freq}: expected 0 (dense) or more")
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} are both given: use one to say which layers are MoE")
+    if not chosen:
+        if stray := sorted(flag(n[4:]) for n in given if n.startswith("moe_") and n != "moe_freq"):
+            raise ValueError(
+                f"{', '.join(stray)} given, but --moe-freq is 0 (a dense model): add --moe-freq N, or drop them"
+            )
+        return False
+    if moe.num_experts is None:
+        value = getattr(moe, chosen[0][6:].replace("-", "_"))
+        raise ValueError(f"{chosen[0]} {value} needs --moe-num-experts")
+    placed = layer_numbers(moe, n_layers)
+    if not placed:
+        raise ValueError(
+            f"{chosen[0]}, --moe-first-dense {moe.first_dense}: none of {n_layers} layers is an MoE"
+        )
+    if isinstance(moe.num_experts, tuple) and len(moe.num_experts) != len(placed):
+        raise ValueError(
+            f"--moe-num-experts {' '.join(map(str, moe.num_experts))}: {len(moe.num_experts)} numbers for "
+            f"{len(placed)} MoE layers ({', '.join(map(str, placed))}); give one for all, or one each"
+        )
+    return True
+
+
+def layer_numbers(moe: MoEConfig, n_layers: int) -> tuple[int, ...]:
+    """The numbers of the MoE layers. Raises ValueError where --moe-layers or the pattern do not fit."""
+    if moe.layers is not None:
+        if wrong := [n for n in moe.layers if not 0 <= n < n_layers]:
+            raise ValueError(f"--moe-layers {wrong[0]}: the model's layers are 0 to {n_layers - 1}")
+        if moe.first_dense:
+            raise ValueError("--moe-first-dense with --moe-layers: the list alone says which; drop one")
+        return tuple(sorted(set(moe.layers)))
+    if moe.layer_pattern is not None:
+        pattern = read_pattern(moe.layer_pattern)
+        if len(pattern) != n_layers:
+            raise ValueError(
+                f"--moe-layer-pattern {moe.layer_pattern} has {len(pattern)} entries, the model {n_layers} layers"
+            )
+        return tuple(n for n, on in enumerate(pattern) if on and n >= moe.first_dense)
+    return tuple(n for n in range(n_layers) if moe.freq > 0 and n % moe.freq == 0 and n >= moe.first_dense)
+
+
+def read_pattern(text: str) -> list[int]:
+    """Megatron's list expression of 0 and 1, of lists, + and *; nothing is executed."""
+
+    def value(node: ast.expr) -> list[int] | int:
+        match node:
+            case ast.Constant(value=int(number)) if not isinstance(number, bool):
+                return number
+            case ast.List(elts=entries):
+                found = [value(entry) for entry in entries]
+                if all(entry in (0, 1) for entry in found):
+                    return [int(entry) for entry in found if isinstance(entry, int)]
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                a, b = value(left), value(right)
+                if isinstance(a, list) and isinstance(b, list):
+                    return a + b
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                a, b = value(left), value(right)
+                if isinstance(a, int):
+                    a, b = b, a
+                if isinstance(a, list) and isinstance(b, int) and 0 <= b <= 10_000:
+                    return a * b
+        raise ValueError
+
+    try:
+        pattern = value(ast.parse(text.strip(), mode="eval").body)
+        if isinstance(pattern, list):
+            return pattern
+    except (SyntaxError, ValueError):
+        pass
+    raise ValueError(
+        f'--moe-layer-pattern {text}: expected a list of 0 and 1 as Megatron writes it, such as "[0]*3+[1]*24"'
+    )
+
+
+def sees_later_tokens(moe: MoEConfig) -> list[str]:
+    """Why a token's output depends on tokens after it in its own sequence: a sentence for each reason."""
+    reasons = []
+    always, training = "in training and evaluation", "in training; evaluation is causal"
+    routers = {"expert_choice": always, "coordinate_descent": always, "quantile": always,
+               "sinkhorn": training}  # fmt: skip
+    if moe.router in routers:
+        reasons.append(f"--moe-router {moe.router} sees later tokens {routers[moe.router]}")
+    if moe.router in EXPERTS_CHOOSE:
+        return reasons
+    # who is dropped may depend on later tokens: on their weights, on their first choices, on chance
+    by_choice = moe.drop_policy in ("choice", "random") and moe.top_k > 1
+    in_training = bool(moe.capacity_factor) and (by_choice or moe.drop_policy in ("probs", "random"))
+    factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
+    in_evaluation = bool(factor) and (by_choice or moe.drop_policy == "probs")
+    if in_training or in_evaluation:
+        when = always if in_training and in_evaluation else training if in_training else "in evaluation alone"
+        reasons.append(f"--moe-drop-policy {moe.drop_policy} sees later tokens {when}: they may take a place")
+    return reasons
+
+
+def flag(name: str) -> str:
+    """`--moe-top-k` of `top_k`."""
+    return "--moe-" + name.replace("_", "-")
+
+
+assert {*POSITIVE, *NOT_NEGATIVE} <= {f.name for f in fields(MoEConfig)}
