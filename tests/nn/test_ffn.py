@@ -69,7 +69,9 @@ def test_width_and_biases_of_its_own(name):
     """Zero weights leave what the last bias says; every width is the model's."""
     ffn = FFNS[name](replace(CONFIG, ffn_hidden_dim=40, ffn_bias=True))
     shapes = {n: tuple(p.shape) for n, p in ffn.named_parameters()}
-    into, out = ("w12", "w3") if "swiglu" in name else ("0", "2") if "gelu" in name else ("up_proj", "down_proj")
+    into, out = (
+        ("w12", "w3") if "swiglu" in name else ("0", "2") if "gelu" in name else ("up_proj", "down_proj")
+    )
     assert shapes[f"{into}.weight"] == ((80 if "swiglu" in name else 40), 488)
     assert shapes[f"{out}.weight"] == (488, 40)
     for parameter in ffn.parameters():
