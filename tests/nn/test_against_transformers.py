@@ -32,10 +32,11 @@ LATENT = replace(
 )  # fmt: skip
 LONGER = {"rope_scaling": "yarn", "rope_scaling_factor": 8.0, "rope_original_seq_len": 16}
 GPT2 = replace(
-    SMALL, model_norm="default_layer_norm", ffn_type="gelu_tanh", ffn_hidden_dim=None, positional_embedding_type="learned",
-    attn_bias=True, ffn_bias=True, weight_tying=True, n_heads=3, dropout=0.1, attn_dropout=0.1,
+    SMALL, model_norm="default_layer_norm", ffn_type="gelu_tanh", ffn_hidden_dim=None,
+    positional_embedding_type="learned", attn_bias=True, ffn_bias=True, weight_tying=True, n_heads=3,
+    dropout=0.1, attn_dropout=0.1,
 )  # fmt: skip
-# family → (names of our config's attention, its own options)
+# case → (family, our config, what its own config says otherwise)
 FAMILIES = {
     "Llama GQA": ("Llama", GQA, {}),
     "Llama one key head, biases": (
