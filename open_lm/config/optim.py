@@ -61,7 +61,7 @@ class OptimConfig:
     """const-cooldown: exponent of the decay; 1 is linear."""
 
     epochs_cooldown: int | None = None
-    """const-cooldown: how many of the last --epochs (of those before --lr-decay-steps) decay."""
+    """const-cooldown: how many of the last --epochs decay; with --lr-decay-steps, of the last before it."""
 
     force_min_lr: float = 0.0
     """After the warm-up the learning rate never falls below this."""

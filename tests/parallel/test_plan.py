@@ -35,7 +35,7 @@ MODELS = {
         ffn_type="gelu_tanh",
         weight_tying=True,
         n_kv_heads=1,
-    ),  # fmt: skip
+    ),
     "tied": replace(SPARSE, weight_tying=True, model_norm="gain_only_layer_norm", qk_norm=True),
 }
 PLAIN, FSDP = DistributedConfig(), DistributedConfig(fsdp=True)
