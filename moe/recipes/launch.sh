@@ -18,7 +18,7 @@
 #   PYTHON     default python
 
 TINY_RUN=(--dataset-type synthetic --precision fp32 --global-batch-size 2 --accum-freq 1 --train-num-samples 1024
-    --epochs 1 --max-steps 3 --warmup 1 --log-every-n-steps 1 --workers 0 --name tiny)
+    --epochs 1 --max-steps 3 --warmup 1 --log-every-n-steps 1 --workers 0)
 
 # launch NAME SIZE ARGUMENT...
 launch() {
@@ -36,7 +36,7 @@ launch() {
 
     if [[ $form == tiny ]]; then
         flags=(--model "$here/tiny/$size.json" "${model[@]}" "${training[@]}" "${TINY_RUN[@]}" "${tiny[@]}"
-            --logs "${LOGS:-logs}/tiny/$name")
+            --logs "${LOGS:-logs}" --name "$name-tiny-$(date +%Y%m%d-%H%M%S)")
     else
         if [[ $print == no && -z ${DATA:-} ]]; then
             echo "$name: set DATA to the manifests to train on, or use --tiny" >&2
