@@ -1,4 +1,4 @@
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154
 # Sourced by every recipe, which sets three arrays and calls `launch NAME SIZE "$@"`:
 #
 #   model      flags of the network, the same at every size

@@ -111,8 +111,11 @@ def test_counts_are_those_of_transformers(name: str, family: str, sizes: dict) -
 def test_small_recipes_have_the_published_count_at_the_published_size(
     tmp_path, name: str, family: str, theirs: dict, entries: dict, extra: str, published: tuple[str, str]
 ) -> None:
-    """So the options are the system's own: only sizes differ. The published active weights are rounded for DeepSeek-V3
-    (36.6 billion without the embedding, 37.6 with it) and cut off for Qwen3 (3.353): within one of the last digit."""
+    """So the options are the system's own: only sizes differ.
+
+    The published active weights are held within one of their last digit: DeepSeek-V3's are 36.6 billion without the
+    embedding and 37.6 with it, and Qwen3's 3.353 are printed as 3.3.
+    """
     file = tmp_path / "published.json"
     file.write_text(json.dumps(json.loads((RECIPES / f"{name}.json").read_text()) | entries))
     config = resolve([*flags(name), "--model", str(file), *extra.split()])
@@ -158,8 +161,8 @@ def test_counts_of_deepspeed(name: str) -> None:
 
 
 def test_count_of_st_moe() -> None:
-    """The published 4.1 billion are an encoder and a decoder without biases; ours is a decoder, its dense and expert
-    networks with st-moe-pytorch's biases but without its multiplicative one."""
+    """The published 4.1 billion are an encoder and a decoder without biases; ours is a decoder, whose dense and expert
+    networks have st-moe-pytorch's biases but not its multiplicative one."""
     D, F, E, L, V, sparse = 1024, 2816, 32, 27, 32128, 6
     attention, network, norm = 4 * D * D, 3 * D * F, D
     both = 2 * V * D + L * (3 * attention + 2 * network) + 2 * sparse * (E - 1) * network
@@ -187,7 +190,7 @@ def test_open_lms_table(experts: str, size: str) -> None:
 
 def test_moe_md_has_these_counts() -> None:
     cells = r"\| ([\d,]+) \| ([\d,]+) \|"
-    rows = dict(re.findall(rf"^\| `moe/recipes/([\w.]+)\.sh` \|([^|]*\|.*)$", MOE_MD, re.MULTILINE))
+    rows = dict(re.findall(r"^\| `moe/recipes/([\w.]+)\.sh` \|([^|]*\|.*)$", MOE_MD, re.MULTILINE))
     assert sorted(rows) == NAMES
     for name in set(NAMES) - {"open_lm"}:
         (found,) = re.findall(cells, rows[name])
