@@ -161,8 +161,8 @@ def test_counts_of_deepspeed(name: str) -> None:
 
 
 def test_count_of_st_moe() -> None:
-    """The published 4.1 billion are an encoder and a decoder without biases; ours is a decoder, whose dense and expert
-    networks have st-moe-pytorch's biases but not its multiplicative one."""
+    """The published 4.1 billion are an encoder and a decoder without biases; ours is a decoder, whose networks
+    have st-moe-pytorch's biases but not its multiplicative one."""
     D, F, E, L, V, sparse = 1024, 2816, 32, 27, 32128, 6
     attention, network, norm = 4 * D * D, 3 * D * F, D
     both = 2 * V * D + L * (3 * attention + 2 * network) + 2 * sparse * (E - 1) * network
