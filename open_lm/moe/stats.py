@@ -25,7 +25,7 @@ class RouterStats(NamedTuple):
     balance_loss: Tensor  # scalar: `balance.switch_loss`, whatever --moe-balance is: for people
     z_loss: Tensor  # scalar: `balance.router_z_loss`
     count_E: Tensor  # assignments to each expert before anything was dropped
-    choice_count_E: Tensor  # the same by the router's scores alone, without bias, noise and groups
+    choice_count_E: Tensor  # the same by the router's scores alone, without bias and groups
     probability_E: Tensor  # sums over tokens of the router's probabilities
     dropped: Tensor  # scalar: assignments dropped
     entropy_sum: Tensor  # scalar, nats: sum over tokens of -sum_e p log p of the router's probabilities
@@ -73,7 +73,6 @@ def _by_score_alone(config: MoEConfig, context: Context) -> bool:
     return (
         config.router == "top_k"
         and context.bias_E is None
-        and config.noise == "none"
         and config.num_groups == 1
     )
 
