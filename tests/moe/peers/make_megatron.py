@@ -100,7 +100,7 @@ def z_losses() -> dict:
 def bias_update(folder: str) -> dict:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    count_E, bias_E = torch.tensor([9.0, 1, 4, 4, 0, 6, 5, 3]), draw(E, scale=0.01)
+    count_E, bias_E = torch.tensor([9.0, 1, 4, 4, 0, 6, 5, 11]), draw(E, scale=0.01)
     updated_E = moe_utils.get_updated_expert_bias(count_E.clone(), bias_E, 1e-3)
     dist.destroy_process_group()
     return {"count": count_E.tolist(), "bias": bias_E.tolist(), "updated": updated_E.tolist(), "rate": 1e-3}
@@ -136,7 +136,6 @@ if __name__ == "__main__":
             drops("probs", factor, k, tokens)
             for factor, k, tokens in ((0.5, 2, 24), (0.7, 3, 25), (1.0, 1, 24), (1.1, 4, 40))
         ]
-        # for a few tokens its unstable top-k of zeros and ones happens to keep the first ones
         + [drops("position", factor, k, tokens) for factor, k, tokens in ((0.5, 2, 12), (0.8, 2, 14))],
         "capacities": [
             {"tokens": n, "factor": f, "k": k, "min": least,
