@@ -123,6 +123,20 @@ def pad_to_capacity(routing: Routing, capacity: int) -> Routing:
     )
 
 
+def fullest(context: Context, config: MoEConfig) -> int:
+    """The most rows that `drop` may leave an expert (of one sequence, with --moe-capacity-per sequence).
+
+    That is the capacity, but where padding leaves so few real tokens that the formula gives 0 for them.
+    """
+    assert isinstance(config.num_experts, int)
+    if context.real_T is None or config.min_capacity or config.capacity_rounding == "up":
+        return context.capacity
+    sequences = context.sequences if config.capacity_per == "sequence" else 1
+    tokens = context.real_T.numel() // max(sequences, 1)
+    few = int(config.num_experts / (config.top_k * _factor(config, context.training)))
+    return max(context.capacity, min(few, tokens))
+
+
 def _factor(config: MoEConfig, training: bool) -> float:
     chosen = config.capacity_factor if training else config.eval_capacity_factor
     return config.capacity_factor if chosen is None else chosen
