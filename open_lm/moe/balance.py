@@ -125,6 +125,7 @@ def update_bias_(bias_E: Tensor, count_E: Tensor, rate: float | Tensor) -> None:
     `count_E` is of a whole optimizer step, over all ranks and micro-batches; with a rate of 0 nothing changes.
     Source: DeepSeek-V3 (2412.19437), section 2.1.2; Wang et al. (2408.15664).
     """
+    count_E = count_E.to(torch.promote_types(count_E.dtype, torch.float32))
     step_E = (count_E.mean() - count_E).sign().to(bias_E.dtype) * rate
     bias_E.add_(step_E - step_E.mean())
 
