@@ -70,11 +70,7 @@ def measure(routed: Routing, kept: Routing, config: MoEConfig, context: Context)
 
 def _by_score_alone(config: MoEConfig, context: Context) -> bool:
     """Whether a token goes to just the experts that it scores highest, so that these need no second count."""
-    return (
-        config.router == "top_k"
-        and context.bias_E is None
-        and config.num_groups == 1
-    )
+    return config.router == "top_k" and context.bias_E is None and config.num_groups == 1
 
 
 def router_loss(
