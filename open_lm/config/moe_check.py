@@ -106,16 +106,6 @@ def _check_scores(moe: MoEConfig) -> None:
         raise ValueError(f"{', '.join(wrong)} belong to --moe-router top_k, not {moe.router}: drop one")
     if moe.noise == "second_expert" and moe.top_k < 2:
         raise ValueError(f"--moe-noise second_expert with --moe-top-k {moe.top_k}: there is no second expert")
-    if moe.noise != "none" and "bias" in moe.balances:
-        raise ValueError(
-            f"--moe-noise {moe.noise} with --moe-balance bias: noise selects by logits, the bias is a shift of "
-            "scores; use another method of --moe-balance, or no noise"
-        )
-    if moe.normalize_after_drops and moe.weight_scale != 1:
-        raise ValueError(
-            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which makes the weights sum "
-            "to one whatever their scale: drop one"
-        )
     if moe.normalize_weights and moe.top_k == 1 and moe.router == "top_k":
         raise ValueError(
             "--moe-normalize-weights with --moe-top-k 1 makes every weight 1: the router would not learn from "
@@ -130,6 +120,16 @@ def _check_scores(moe: MoEConfig) -> None:
                 )
     if moe.normalize_after_drops and moe.normalize_weights:
         raise ValueError("--moe-normalize-weights and --moe-normalize-after-drops are both given: use one")
+    if moe.noise != "none" and "bias" in moe.balances:
+        raise ValueError(
+            f"--moe-noise {moe.noise} with --moe-balance bias: noise selects by logits, the bias is a shift of "
+            "scores; use another method of --moe-balance, or no noise"
+        )
+    if moe.normalize_after_drops and moe.weight_scale != 1:
+        raise ValueError(
+            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which makes the weights sum "
+            "to one whatever their scale: drop one"
+        )
 
 
 def _check_balance(moe: MoEConfig) -> None:

@@ -61,10 +61,7 @@ POLICIES: dict[str, Callable[[Routing, Context], Tensor | None]] = {
 
 
 def drop(routing: Routing, config: MoEConfig, context: Context) -> Routing:
-    """Each expert keeps `context.capacity` rows by --moe-drop-policy, of the batch or of each sequence.
-
-    With padding, what the formula gives for the real tokens alone.
-    """
+    """Each expert keeps `context.capacity` rows by --moe-drop-policy, of the batch or of each sequence."""
     if not context.capacity:
         return routing
     sequences = context.sequences if config.capacity_per == "sequence" else 1
@@ -143,7 +140,10 @@ def _factor(config: MoEConfig, training: bool) -> float:
 
 
 def _capacity_of_real(context: Context, config: MoEConfig, sequences: int) -> Tensor:
-    """capacity_B, int64: `capacity` of each sequence's real tokens, without asking the device how many."""
+    """capacity_B, int64: `capacity` of each sequence's real tokens, without asking the device how many.
+
+    So a batch with padding drops what the batch without it would.
+    """
     assert isinstance(config.num_experts, int)
     assert context.real_T is not None
     n_B = context.real_T.view(sequences, -1).sum(dim=1)
