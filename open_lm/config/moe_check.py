@@ -120,6 +120,16 @@ def _check_scores(moe: MoEConfig) -> None:
                 )
     if moe.normalize_after_drops and moe.normalize_weights:
         raise ValueError("--moe-normalize-weights and --moe-normalize-after-drops are both given: use one")
+    if moe.noise != "none" and "bias" in moe.balances:
+        raise ValueError(
+            f"--moe-noise {moe.noise} with --moe-balance bias: noise selects by logits, the bias is a shift of "
+            "scores; use another method of --moe-balance, or no noise"
+        )
+    if moe.normalize_after_drops and moe.weight_scale != 1:
+        raise ValueError(
+            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which makes the weights sum "
+            "to one whatever their scale: drop one"
+        )
 
 
 def _check_balance(moe: MoEConfig) -> None:
