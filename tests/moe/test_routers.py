@@ -93,10 +93,11 @@ def test_any_logits(case):
             # probabilities of exactly 0 have no sum to divide by
             assert torch.allclose(sum_T[sum_T > 0], torch.tensor(config.weight_scale))
 
-    # finite gradients
+    if config.router == "hash":
+        assert not routing.weight_R.requires_grad
+        return
     routing.weight_R.square().sum().backward()
-    if logits_TE.grad is None:
-        raise AssertionError("the weights do not depend on the logits")
+    assert logits_TE.grad is not None
     assert logits_TE.grad.isfinite().all()
 
 
@@ -109,9 +110,9 @@ def test_all_tokens_prefer_one_expert(router):
     count_E = ROUTERS[router](logits_TE, config, context).count_E.tolist()
     if router in ("expert_choice", "expert_choice_causal", "uniform"):
         assert count_E == [6] * 4
-    elif router in ("top_k", "sinkhorn"):
-        assert (max(count_E) == 12) == (router == "top_k" or count_E[2] == 12)
-    if router == "threshold":  # second choices have gates of 0
+    elif router == "top_k":
+        assert count_E[2] == 12
+    elif router == "threshold":  # second choices have gates of 0
         assert count_E == [0, 0, 12, 0]
 
 
@@ -147,7 +148,7 @@ def announced(config: MoEConfig, training: bool) -> bool:
 
 
 def moves(config: MoEConfig, training: bool, seed: int) -> bool:
-    """Whether an output changes when later tokens of the sequences do."""
+    """Whether an output changes when later tokens of its own sequence do."""
     torch.manual_seed(seed)
     B, S = 3, 8
     layer = MoE(config).train(training)
@@ -155,14 +156,18 @@ def moves(config: MoEConfig, training: bool, seed: int) -> bool:
         parameter.data.normal_()
     x_BSD, later_BSD = torch.randn(2, B, S, 6)
     ids_BS, later_ids_BS = torch.randint(40, (2, B, S))
-    for cut in (2, 5):
-        outputs = []
-        for x, ids in [(x_BSD, ids_BS), (later_BSD, later_ids_BS)]:
-            torch.manual_seed(seed + 1)
-            x = torch.cat((x_BSD[:, :cut], x[:, cut:]), dim=1)
-            ids = torch.cat((ids_BS[:, :cut], ids[:, cut:]), dim=1)
-            outputs.append(layer(x, Tokens(ids))[0][:, :cut])
-        if not torch.allclose(*outputs, atol=1e-4, rtol=1e-4):
+
+    def output(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(seed + 1)  # the same draws
+        return layer(x, Tokens(ids))[0]
+
+    wanted_BSD = output(x_BSD, ids_BS)
+    for sequence, cut in itertools.product(range(B), (2, 5)):
+        x, ids = x_BSD.clone(), ids_BS.clone()
+        x[sequence, cut:] = later_BSD[sequence, cut:]
+        ids[sequence, cut:] = later_ids_BS[sequence, cut:]
+        before = output(x, ids)[sequence, :cut], wanted_BSD[sequence, :cut]
+        if not torch.allclose(*before, atol=1e-4, rtol=1e-4):
             return True
     return False
 
