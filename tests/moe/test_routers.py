@@ -147,6 +147,7 @@ def announced(config: MoEConfig, training: bool) -> bool:
     return any(other not in reason for reason in sees_later_tokens(config))
 
 
+@torch.no_grad()
 def moves(config: MoEConfig, training: bool, seed: int) -> bool:
     """Whether an output changes when later tokens of its own sequence do."""
     torch.manual_seed(seed)
@@ -162,7 +163,7 @@ def moves(config: MoEConfig, training: bool, seed: int) -> bool:
         return layer(x, Tokens(ids))[0]
 
     wanted_BSD = output(x_BSD, ids_BS)
-    for sequence, cut in itertools.product(range(B), (2, 5)):
+    for sequence, cut in ((0, 4), (1, 2), (2, 4)):
         x, ids = x_BSD.clone(), ids_BS.clone()
         x[sequence, cut:] = later_BSD[sequence, cut:]
         ids[sequence, cut:] = later_ids_BS[sequence, cut:]
@@ -194,7 +195,7 @@ CAUSALITY = list(causality_cases())
     "config", CAUSALITY, ids=lambda c: f"{c.router}-{c.drop_policy}-{c.top_k}-{c.capacity_per}"
 )
 def test_routers_see_later_tokens_just_where_that_is_announced(config, training):
-    found = any(moves(config, training, seed) for seed in range(12))
+    found = any(moves(config, training, seed) for seed in range(8))
     assert found == announced(config, training), sees_later_tokens(config)
 
 
@@ -206,6 +207,7 @@ def test_another_batch_does_not_let_causal_expert_choice_see_later():
     assert not any(moves(config, True, seed) for seed in range(20))
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_compiles_without_graph_breaks(router, training):
