@@ -54,7 +54,7 @@ def cases(draw):
     return logits_TE, config, context
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_any_logits(case):
     logits_TE, config, context = case
@@ -175,10 +175,10 @@ def moves(config: MoEConfig, training: bool, seed: int) -> bool:
 
 def causality_cases():
     for router, policy, k in itertools.product(ROUTERS, ("position", "choice", "probs", "random"), (1, 2)):
-        for per in ("batch", "sequence"):
+        for per in ("batch", "sequence")[:k]:
             config = MoEConfig(
                 dim=6, hidden_dim=4, num_experts=4, top_k=k, router=router, drop_policy=policy, capacity_per=per,
-                capacity_factor=0.7,
+                capacity_factor=0.7, backend="reference",
             )  # fmt: skip
             try:
                 check_moe(config)
@@ -195,7 +195,7 @@ CAUSALITY = list(causality_cases())
     "config", CAUSALITY, ids=lambda c: f"{c.router}-{c.drop_policy}-{c.top_k}-{c.capacity_per}"
 )
 def test_routers_see_later_tokens_just_where_that_is_announced(config, training):
-    found = any(moves(config, training, seed) for seed in range(8))
+    found = any(moves(config, training, seed) for seed in range(5))
     assert found == announced(config, training), sees_later_tokens(config)
 
 
@@ -204,7 +204,7 @@ def test_another_batch_does_not_let_causal_expert_choice_see_later():
     config = MoEConfig(
         dim=6, hidden_dim=4, num_experts=8, top_k=1, router="expert_choice_causal", capacity_factor=0.5
     )
-    assert not any(moves(config, True, seed) for seed in range(20))
+    assert not any(moves(config, True, seed) for seed in range(10))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -255,7 +255,7 @@ def test_layers_of_few_tokens(router, shape):
     ("options", "words"),
     [
         ({"router": "threshold", "top_k": 1}, "--moe-router threshold with --moe-top-k 1"),
-        ({"router": "coordinate_descent", "top_k": 1}, "weights sum to one"),
+        ({"router": "coordinate_descent", "top_k": 1}, "the one weight is 1"),
         ({"router": "sinkhorn", "top_k": 1, "normalize_weights": True}, "makes every weight 1"),
         ({"router": "expert_choice", "normalize_weights": True}, "may get no expert"),
         ({"router": "expert_choice_causal", "pad_to_capacity": True}, "--moe-pad-to-capacity"),
