@@ -164,4 +164,4 @@ def _choice_of_row(routing: Routing) -> Tensor:
     row_TK = routing.row_TK
     assert row_TK is not None, "tokens choose in no order here"
     choice_TK = torch.arange(row_TK.shape[1], device=row_TK.device).expand_as(row_TK)
-    return torch.empty_like(routing.token_R).scatter_(0, row_TK.flatten(), choice_TK.flatten())
+    return torch.empty_like(routing.token_R).scatter(0, row_TK.flatten(), choice_TK.flatten())

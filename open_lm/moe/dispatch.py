@@ -4,7 +4,9 @@ The two are transposes of each other, so each one's gradient is the other, and b
 where every token has K rows, a token fetches them by `row_TK`. So there are no atomics, GPU runs repeat bit
 by bit, and nothing accumulates in 16 bits. Without `row_TK` (tokens differ in rows): index_add.
 
-Shapes: T tokens, D model width, R rows (assignments), K rows per token.
+Under torch.func.vmap the N samples are one batch: sample n's tokens and rows follow those of the samples before.
+
+Shapes: T tokens, D model width, R rows (assignments), K rows per token, N samples of a vmap.
 """
 
 from typing import Any
@@ -31,33 +33,83 @@ def combine(y_RD: Tensor, routing: Routing) -> Tensor:
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_TK: Tensor | None) -> Tensor:
+    def forward(x_TD: Tensor, token_R: Tensor, row_TK: Tensor | None) -> Tensor:
+        return x_TD[token_R]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        x_TD, token_R, row_TK = inputs
         ctx.save_for_backward(token_R, row_TK)
         ctx.tokens = x_TD.shape[0]
-        return x_TD[token_R]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
         (g_RD,) = gradients
         token_R, row_TK = ctx.saved_tensors
-        return _sum_rows(g_RD, None, token_R, row_TK, ctx.tokens), None, None
+        return _Combine.apply(g_RD, None, token_R, row_TK, ctx.tokens), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any):
+        x_NTD, token_NR, row_NTK = (
+            samples_first(*pair, info.batch_size) for pair in zip(inputs, in_dims, strict=True)
+        )
+        token_R, row_TK = _fold(token_NR, x_NTD.shape[1]), _fold(row_NTK, token_NR.shape[1])
+        return _Dispatch.apply(x_NTD.flatten(0, 1), token_R, row_TK).unflatten(0, token_NR.shape), 0
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y_RD: Tensor, weight_R: Tensor, token_R: Tensor, row_TK: Tensor | None, tokens: int
+        y_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int
     ) -> Tensor:
-        ctx.save_for_backward(y_RD, weight_R, token_R)
         return _sum_rows(y_RD, weight_R, token_R, row_TK, tokens)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        y_RD, weight_R, token_R, row_TK, _ = inputs
+        # without a weight it is linear in y
+        ctx.save_for_backward(None if weight_R is None else y_RD, weight_R, token_R, row_TK)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor):
         (g_TD,) = gradients
-        y_RD, weight_R, token_R = ctx.saved_tensors
-        g_RD = g_TD[token_R]
+        y_RD, weight_R, token_R, row_TK = ctx.saved_tensors
+        # torch.func and second derivatives, which alone need a gradient here, do not allow what is in place
+        differentiated = torch.is_grad_enabled()
+        g_RD = _Dispatch.apply(g_TD, token_R, row_TK) if differentiated else g_TD[token_R]
+        if weight_R is None:
+            return g_RD, None, None, None, None
         gradient_of_weight_R = (y_RD * g_RD).sum(dim=-1, dtype=weight_R.dtype)
+        if differentiated:
+            return (g_RD * weight_R[:, None]).to(g_RD.dtype), gradient_of_weight_R, None, None, None
         return g_RD.mul_(weight_R[:, None]), gradient_of_weight_R, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *inputs: Any):
+        *tensors, tokens = inputs
+        N = info.batch_size
+        y_NRD, weight_NR, token_NR, row_NTK = (
+            samples_first(*pair, N) for pair in zip(tensors, in_dims, strict=False)
+        )
+        weight_R = None if weight_NR is None else weight_NR.flatten()
+        token_R, row_TK = _fold(token_NR, tokens), _fold(row_NTK, token_NR.shape[1])
+        y_TD = _Combine.apply(y_NRD.flatten(0, 1), weight_R, token_R, row_TK, N * tokens)
+        return y_TD.unflatten(0, (N, tokens)), 0
+
+
+def samples_first(tensor: Tensor | None, dim: int | None, samples: int) -> Tensor | None:
+    """`tensor` with its axis of samples first, made by repetition if it has none."""
+    if tensor is None:
+        return None
+    return tensor.expand(samples, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+
+def _fold(index_N: Tensor | None, size: int) -> Tensor | None:
+    """Indices (N, R, …) into N samples of `size` each → (N * R, …) into all of them, one after the other."""
+    if index_N is None:
+        return None
+    first_N = size * torch.arange(len(index_N), device=index_N.device)
+    return (index_N + first_N.view(-1, *[1] * (index_N.ndim - 1))).flatten(0, 1)
 
 
 def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int):

@@ -109,4 +109,4 @@ def normalize(routing: Routing, eps: float) -> Routing:
 def invert(permutation_R: Tensor) -> Tensor:
     """The inverse of a permutation of 0…R-1."""
     rows_R = torch.arange(permutation_R.numel(), device=permutation_R.device)
-    return torch.empty_like(permutation_R).scatter_(0, permutation_R, rows_R)
+    return torch.empty_like(permutation_R).scatter(0, permutation_R, rows_R)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from open_lm.moe.dispatch import combine, dispatch
-from open_lm.moe.routing import Routing, expert_of_row
+from open_lm.moe.dispatch import combine, dispatch, samples_first
+from open_lm.moe.routing import Routing, expert_of_row, invert
 
 if TYPE_CHECKING:
     from open_lm.moe.experts import ExpertMLP
@@ -70,25 +70,73 @@ def multiply(a_RD: Tensor, b_EDF: Tensor, end_E: Tensor) -> Tensor:
     # The operator's fake kernel knows bfloat16 only; `_product` lets the other dtypes compile too.
     if a_RD.dtype == torch.bfloat16 and a_RD.is_cuda:
         return F.grouped_mm(a_RD, b_EDF, offs=end_E)
-    return _product(a_RD, b_EDF, end_E)
+    return _Product.apply(a_RD, b_EDF, end_E)
+
+
+class _Product(torch.autograd.Function):
+    """`_product` with its gradient, which is two products again, and its rule for torch.func.vmap."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+        return _product(a, b, ends)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor):
+        g = gradients[0].contiguous()
+        a, b, ends = ctx.saved_tensors
+        if b.ndim == 3:  # g (R, F)
+            return _Product.apply(g, b.transpose(1, 2), ends), _Product.apply(a.t(), g, ends), None
+        # second derivatives: g (E, D, F) of a (D, R) x b (R, F)
+        return _Product.apply(b, g.transpose(1, 2), ends).t(), _Product.apply(a.t(), g, ends), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, a: Tensor, b: Tensor, ends: Tensor):
+        """N samples of E groups are one product of N * E groups; if they share b, of E groups."""
+        N, (in_a, in_b, in_ends) = info.batch_size, in_dims
+        a, ends = samples_first(a, in_a, N), samples_first(ends, in_ends, N)
+        if b.ndim - (in_b is not None) == 3 and in_b is None:
+            order_R, end_E = _by_group(ends, a.shape[1])
+            y_RF = _Product.apply(a.flatten(0, 1)[order_R], b, end_E)
+            return y_RF[invert(order_R)].unflatten(0, a.shape[:2]), 0
+        b = samples_first(b, in_b, N)
+        rows = b.shape[1] if b.ndim == 3 else a.shape[1]
+        end_E = (ends + rows * torch.arange(N, device=ends.device, dtype=ends.dtype)[:, None]).flatten()
+        if b.ndim == 4:  # (N, R, D) x (N, E, D, F)
+            return _Product.apply(a.flatten(0, 1), b.flatten(0, 1), end_E).unflatten(0, a.shape[:2]), 0
+        # (N, D, R) x (N, R, F)
+        y = _Product.apply(a.transpose(0, 1).flatten(1), b.flatten(0, 1), end_E)
+        return y.unflatten(0, ends.shape), 0
+
+
+def _by_group(end_NE: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """(order_R, end_E): the N * rows rows of all samples sorted by group, and where each group ends then."""
+    row_NR = torch.arange(rows, device=end_NE.device, dtype=end_NE.dtype).repeat(len(end_NE), 1)
+    group_R = torch.searchsorted(end_NE.contiguous(), row_NR, right=True).flatten()
+    return group_R.sort(stable=True).indices, end_NE.sum(dim=0, dtype=end_NE.dtype)
 
 
 @torch.library.custom_op("open_lm::grouped_mm", mutates_args=())
 def _product(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
+    if a.dtype == torch.float64:
+        return _looped_product(a, b, ends.tolist(), multiple=1)
     if a.device.type == "cpu" and a.element_size() == 2:
-        return _rounded_product(a, b, ends.tolist())
+        return _looped_product(a, b, ends.tolist(), multiple=ROWS)
     return F.grouped_mm(a, b, offs=ends).contiguous()
 
 
-def _rounded_product(a: Tensor, b: Tensor, ends: list[int]) -> Tensor:
-    """The same in 16 bits on a CPU, each group padded with zero rows to a multiple of ROWS.
+def _looped_product(a: Tensor, b: Tensor, ends: list[int], multiple: int) -> Tensor:
+    """The same, group by group: float64, which grouped_mm lacks, and 16 bits on a CPU, with rounded groups.
 
-    The CPU library compiles a kernel for every new shape, for milliseconds, where the product itself takes
-    a tenth of one; routing makes new group sizes in every step, rounding makes them few.
+    There the CPU library compiles a kernel for every new shape, for milliseconds, where the product itself takes
+    a tenth of one; routing makes new group sizes in every step, padding with zero rows to a multiple makes them few.
     """
     products = []
     for expert, (start, end) in enumerate(pairwise([0, *ends])):
-        padding = -(end - start) % ROWS
+        padding = -(end - start) % multiple
         if b.ndim == 3:  # (R, D) x (E, D, F): rows are padded
             products.append((F.pad(a[start:end], (0, 0, 0, padding)) @ b[expert])[: end - start])
         else:  # (D, R) x (R, F), a weight's gradient: the sum over rows is
@@ -101,16 +149,3 @@ def _rounded_product(a: Tensor, b: Tensor, ends: list[int]) -> Tensor:
 def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     rows = (ends.shape[0], a.shape[0]) if b.ndim == 2 else (a.shape[0],)
     return a.new_empty(*rows, b.shape[-1])
-
-
-def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _product_backward(ctx: Any, g_RF: Tensor):
-    a_RD, b_EDF, end_E = ctx.saved_tensors
-    g_RF = g_RF.contiguous()
-    return _product(g_RF, b_EDF.transpose(1, 2), end_E), _product(a_RD.t(), g_RF, end_E), None
-
-
-_product.register_autograd(_product_backward, setup_context=_save)
