@@ -122,6 +122,7 @@ def pad_to_capacity(routing: Routing, capacity: int) -> Routing:
         count_E=torch.full_like(routing.count_E, capacity).reshape(E),
         row_TK=None,
         input_weight_R=None if scale_R is None else torch.where(filled_R, scale_R[row_R], 1.0),
+        rows_per_expert=capacity,
     )
 
 

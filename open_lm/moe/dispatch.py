@@ -19,7 +19,11 @@ from open_lm.moe.routing import Routing
 
 def dispatch(x_TD: Tensor, routing: Routing) -> Tensor:
     """x_RD: the input of every row, x[token], times its input weight if there is one; dtype as x."""
-    x_RD = _Dispatch.apply(x_TD, routing.token_R, routing.row_TK)
+    return weigh_inputs(_Dispatch.apply(x_TD, routing.token_R, routing.row_TK), routing)
+
+
+def weigh_inputs(x_RD: Tensor, routing: Routing) -> Tensor:
+    """x_RD times each row's input weight, if there is one, in x's dtype."""
     if routing.input_weight_R is None:
         return x_RD
     return (x_RD * routing.input_weight_R[:, None]).to(x_RD.dtype)
@@ -49,12 +53,12 @@ class _Dispatch(torch.autograd.Function):
         return _Combine.apply(g_RD, None, token_R, row_TK, ctx.tokens), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any):
-        x_NTD, token_NR, row_NTK = (
-            samples_first(*pair, info.batch_size) for pair in zip(inputs, in_dims, strict=True)
-        )
-        token_R, row_TK = _fold(token_NR, x_NTD.shape[1]), _fold(row_NTK, token_NR.shape[1])
-        return _Dispatch.apply(x_NTD.flatten(0, 1), token_R, row_TK).unflatten(0, token_NR.shape), 0
+    def vmap(info: Any, in_dims: tuple, x: Tensor, token: Tensor, row: Tensor | None):
+        in_x, in_token, in_row = in_dims
+        x_NTD, token_NR = samples_first(x, in_x, info), samples_first(token, in_token, info)
+        row_TK = None if row is None else _fold(samples_first(row, in_row, info), token_NR.shape[1])
+        x_RD = _Dispatch.apply(x_NTD.flatten(0, 1), _fold(token_NR, x_NTD.shape[1]), row_TK)
+        return x_RD.unflatten(0, token_NR.shape), 0
 
 
 class _Combine(torch.autograd.Function):
@@ -85,31 +89,33 @@ class _Combine(torch.autograd.Function):
         return g_RD.mul_(weight_R[:, None]), gradient_of_weight_R, None, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple, *inputs: Any):
-        *tensors, tokens = inputs
+    def vmap(
+        info: Any,
+        in_dims: tuple,
+        y: Tensor,
+        weight: Tensor | None,
+        token: Tensor,
+        row: Tensor | None,
+        tokens: int,
+    ):
+        in_y, in_weight, in_token, in_row, _ = in_dims
+        y_NRD, token_NR = samples_first(y, in_y, info), samples_first(token, in_token, info)
+        weight_R = None if weight is None else samples_first(weight, in_weight, info).flatten()
+        row_TK = None if row is None else _fold(samples_first(row, in_row, info), token_NR.shape[1])
         N = info.batch_size
-        y_NRD, weight_NR, token_NR, row_NTK = (
-            samples_first(*pair, N) for pair in zip(tensors, in_dims, strict=False)
-        )
-        weight_R = None if weight_NR is None else weight_NR.flatten()
-        token_R, row_TK = _fold(token_NR, tokens), _fold(row_NTK, token_NR.shape[1])
-        y_TD = _Combine.apply(y_NRD.flatten(0, 1), weight_R, token_R, row_TK, N * tokens)
+        y_TD = _Combine.apply(y_NRD.flatten(0, 1), weight_R, _fold(token_NR, tokens), row_TK, N * tokens)
         return y_TD.unflatten(0, (N, tokens)), 0
 
 
-def samples_first(tensor: Tensor | None, dim: int | None, samples: int) -> Tensor | None:
-    """`tensor` with its axis of samples first, made by repetition if it has none."""
-    if tensor is None:
-        return None
-    return tensor.expand(samples, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+def samples_first(tensor: Tensor, dim: int | None, info: Any) -> Tensor:
+    """`tensor` with a vmap's axis of samples first, repeated if it has none."""
+    return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
 
 
-def _fold(index_N: Tensor | None, size: int) -> Tensor | None:
+def _fold(index: Tensor, size: int) -> Tensor:
     """Indices (N, R, …) into N samples of `size` each → (N * R, …) into all of them, one after the other."""
-    if index_N is None:
-        return None
-    first_N = size * torch.arange(len(index_N), device=index_N.device)
-    return (index_N + first_N.view(-1, *[1] * (index_N.ndim - 1))).flatten(0, 1)
+    first_N = size * torch.arange(len(index), device=index.device)
+    return (index + first_N.view(-1, *[1] * (index.ndim - 1))).flatten(0, 1)
 
 
 def _sum_rows(v_RD: Tensor, weight_R: Tensor | None, token_R: Tensor, row_TK: Tensor | None, tokens: int):

@@ -24,16 +24,18 @@ ROWS = 64
 
 def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     """y_TD: each token's sum of weight * expert(x) over its kept rows; same numbers as `reference`."""
-    # grouped_mm does not follow autocast by itself.
-    device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-    x_TD = _align(x_TD, dtype)
-    end_E = _group_ends(routing)
+    dtype = compute_dtype(x_TD)
+    x_TD = align(x_TD, dtype)
+    end_E = group_ends(routing)
     expert_R = None if mlp.b2 is None else expert_of_row(routing)
 
     def product(a_RD: Tensor, w_EDF: Tensor, b_EF: Tensor | None) -> Tensor:
-        y_RF = multiply(a_RD, _align(w_EDF, dtype), end_E)
-        return y_RF if b_EF is None else y_RF + _align(b_EF, dtype)[expert_R]
+        w_EDF = align(w_EDF, dtype)
+        if routing.rows_per_expert:  # all groups are equal: --moe-pad-to-capacity
+            y_RF = (a_RD.unflatten(0, (-1, routing.rows_per_expert)) @ w_EDF).flatten(0, 1)
+        else:
+            y_RF = multiply(a_RD, w_EDF, end_E)
+        return y_RF if b_EF is None else y_RF + align(b_EF, dtype)[expert_R]
 
     x_RD = dispatch(x_TD, routing)
     gate_RF = product(x_RD, mlp.w1, mlp.b1)
@@ -42,7 +44,13 @@ def grouped_mm(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     return combine(y_RD, routing)[:, : mlp.w2.shape[2]]
 
 
-def _group_ends(routing: Routing) -> Tensor:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """What a Linear would compute x in: these operators do not follow autocast by themselves."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def group_ends(routing: Routing) -> Tensor:
     """Where each expert's rows end, int32 (E,). The last expert's group takes in the dropped rows.
 
     Rows outside all groups would stay uninitialised, forward and in the input's gradient. Computed and then
@@ -54,7 +62,7 @@ def _group_ends(routing: Routing) -> Tensor:
     return torch.where(expert_E == end_E.numel() - 1, routing.token_R.numel(), end_E)
 
 
-def _align(x: Tensor, dtype: torch.dtype) -> Tensor:
+def align(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x (T, D), (E, F) or (E, D, F) as `dtype`, its widths D and F padded with zeros to multiples of 16 bytes.
 
     grouped_mm takes only rows that start at multiples of 16 bytes. The padding adds nothing to any product.
@@ -96,15 +104,16 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple, a: Tensor, b: Tensor, ends: Tensor):
         """N samples of E groups are one product of N * E groups; if they share b, of E groups."""
-        N, (in_a, in_b, in_ends) = info.batch_size, in_dims
-        a, ends = samples_first(a, in_a, N), samples_first(ends, in_ends, N)
-        if b.ndim - (in_b is not None) == 3 and in_b is None:
+        in_a, in_b, in_ends = in_dims
+        a, ends = samples_first(a, in_a, info), samples_first(ends, in_ends, info)
+        if in_b is None and b.ndim == 3:
             order_R, end_E = _by_group(ends, a.shape[1])
             y_RF = _Product.apply(a.flatten(0, 1)[order_R], b, end_E)
             return y_RF[invert(order_R)].unflatten(0, a.shape[:2]), 0
-        b = samples_first(b, in_b, N)
-        rows = b.shape[1] if b.ndim == 3 else a.shape[1]
-        end_E = (ends + rows * torch.arange(N, device=ends.device, dtype=ends.dtype)[:, None]).flatten()
+        b = samples_first(b, in_b, info)
+        rows = a.shape[1] if b.ndim == 4 else a.shape[2]
+        first_N = rows * torch.arange(len(a), device=ends.device, dtype=ends.dtype)
+        end_E = (ends + first_N[:, None]).flatten()
         if b.ndim == 4:  # (N, R, D) x (N, E, D, F)
             return _Product.apply(a.flatten(0, 1), b.flatten(0, 1), end_E).unflatten(0, a.shape[:2]), 0
         # (N, D, R) x (N, R, F)
@@ -132,7 +141,7 @@ def _looped_product(a: Tensor, b: Tensor, ends: list[int], multiple: int) -> Ten
     """The same, group by group: float64, which grouped_mm lacks, and 16 bits on a CPU, with rounded groups.
 
     There the CPU library compiles a kernel for every new shape, for milliseconds, where the product itself takes
-    a tenth of one; routing makes new group sizes in every step, padding with zero rows to a multiple makes them few.
+    a tenth of one; routing makes new group sizes in every step, rows of zeros up to a multiple make them few.
     """
     products = []
     for expert, (start, end) in enumerate(pairwise([0, *ends])):
