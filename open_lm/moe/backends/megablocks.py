@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from open_lm.moe.backends.grouped_mm import align, compute_dtype, group_ends, grouped_mm
+from open_lm.moe.backends.grouped_mm import add_bias, align, compute_dtype, group_ends, grouped_mm
 from open_lm.moe.dispatch import combine, dispatch, weigh_inputs
 from open_lm.moe.routing import Routing, expert_of_row, invert
 
@@ -79,8 +79,8 @@ def compute(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP", kernels: Kernels, 
     x_TD, row_TK = align(x_TD, dtype), routing.row_TK
 
     def product(a_RD: Tensor, w_EDF: Tensor, b_EF: Tensor | None) -> Tensor:
-        y_RF = kernels.gmm(a_RD, align(w_EDF, dtype), size_E)
-        return y_RF if b_EF is None else y_RF + align(b_EF, dtype)[expert_R]
+        b_EF = None if b_EF is None else align(b_EF, dtype)
+        return add_bias(kernels.gmm(a_RD, align(w_EDF, dtype), size_E), b_EF, expert_R, end_E)
 
     def experts(x_RD: Tensor) -> Tensor:
         gate_RF = product(x_RD, mlp.w1, mlp.b1)
