@@ -141,8 +141,8 @@ class _Product(torch.autograd.Function):
         end_E = (ends + first_N[:, None]).flatten()
         if b.ndim == 4:  # (N, R, D) x (N, E, D, F)
             return _Product.apply(a.flatten(0, 1), b.flatten(0, 1), end_E).unflatten(0, a.shape[:2]), 0
-        # (N, D, R) x (N, R, F)
-        y = _Product.apply(a.transpose(0, 1).flatten(1), b.flatten(0, 1), end_E)
+        # (N, D, R) x (N, R, F), the left one made so that its columns stay contiguous
+        y = _Product.apply(a.transpose(1, 2).flatten(0, 1).t(), b.flatten(0, 1), end_E)
         return y.unflatten(0, ends.shape), 0
 
 
