@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -87,8 +88,14 @@ def parallelize(
         static_graph=distributed.ddp_static_graph,
         gradient_as_bucket_view=True,
         # the only buffers, the routers' biases, are computed alike on all ranks
-        broadcast_buffers=False,
+        **{_buffers_flag(): False},
     )
+
+
+def _buffers_flag() -> str:
+    """DDP's option to broadcast buffers before each forward pass, which torch has renamed."""
+    new = "forward_sync_buffers"
+    return new if new in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 
 def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -> MixedPrecisionPolicy:
