@@ -175,7 +175,9 @@ def compiled_on_two_ranks():
 def test_compiled(spawn):
     for plain, compiled in spawn(2, compiled_on_two_ranks, timeout=400)[0].values():
         assert compiled["norm"] == pytest.approx(plain["norm"], rel=2e-2)
-        assert abs(compiled["after"] - plain["after"]).max() < 3e-3  # Adam's first step is the rate, 1e-3, up or down
+        assert (
+            abs(compiled["after"] - plain["after"]).max() < 3e-3
+        )  # Adam's first step is the rate, up or down
 
 
 def test_fp32_has_no_unit_of_its_own(spawn):
