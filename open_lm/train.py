@@ -65,7 +65,7 @@ def accumulate_gradients(
     per_token = world.world_size / tokens
     sums: list[Tensor] = []
     stats: tuple[RouterStats, ...] = ()
-    counts: list[Tensor] | None = None
+    chosen: list[Tensor] | None = None  # how often each expert was, so far
     real_BS = real_positions(batch.targets_BS) if config.moe.enabled else None  # on the CPU, too
     whole = [None if x is None else to_device(x, world) for x in (batch.tokens_BS, batch.targets_BS, real_BS)]
     micro_batches = [
@@ -83,8 +83,8 @@ def accumulate_gradients(
             of_router = torch.zeros((), device=world.device)
             if stats:
                 if "global" in config.moe.losses:
-                    counts = add_counts(counts, stats)
-                of_router = router_loss(stats, config.moe, counts)
+                    chosen = add_counts(chosen, stats)
+                of_router = router_loss(stats, config.moe, chosen)
                 objective = objective + of_router / len(micro_batches)
             clock.lap("forward_time")
             (objective * loss_scale).backward()

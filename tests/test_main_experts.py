@@ -12,10 +12,8 @@ from open_lm.main import main
 from open_lm.moe.routers import ROUTERS
 from open_lm.report import write_report
 
-RUN = (
-    "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --warmup 1 --lr 1e-2 \
- --train-num-samples 384 --epochs 2 --log-every-n-steps 1 --workers 0 --name run --moe-num-experts 4"
-)
+RUN = "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --warmup 1 \
+ --lr 1e-2 --train-num-samples 384 --epochs 2 --log-every-n-steps 1 --workers 0 --name run --moe-num-experts 4"
 STATIC = "--moe-freq 1 --moe-capacity-factor 0"
 
 
@@ -37,8 +35,8 @@ def text(logs: Path, name: str = "run") -> str:
 def evaluate(logs: Path, held_out: str, extra: str = "", number: int = 2) -> dict:
     main(
         shlex.split(
-            f"--model open_lm_test_tiny --precision fp32 --data-key json --workers 0 --logs {logs} --name evaluation "
-            f"--val-data {held_out} --resume {logs}/run/checkpoints/epoch_{number}.pt {extra}"
+            f"--model open_lm_test_tiny --precision fp32 --data-key json --workers 0 --logs {logs} "
+            f"--name evaluation --val-data {held_out} --resume {logs}/run/checkpoints/epoch_{number}.pt {extra}"
         )
     )
     lines = [json.loads(line) for line in (logs / "evaluation/log.jsonl").read_text().splitlines()]
@@ -49,15 +47,15 @@ def evaluate(logs: Path, held_out: str, extra: str = "", number: int = 2) -> dic
     "extra",
     [
         "--moe-freq 1 --moe-expert-bias --moe-init scaled --no-moe-output-bias --moe-balance global",
-        "--moe-freq 1 --moe-balance sequence importance --moe-loss-weight .1 .01 --moe-jitter .01 --moe-noise rsample "
-        "--moe-drop-policy random",
+        "--moe-freq 1 --moe-balance sequence importance --moe-loss-weight .1 .01 --moe-jitter .01 "
+        "--moe-noise rsample --moe-drop-policy random",
         "--moe-freq 1 --moe-num-experts 2 4 --moe-balance first_choice --moe-drop-policy choice",
         "--moe-layers 1 --moe-top-k 1 --moe-residual",
         "--moe-layer-pattern [0]+[1] --moe-ffn-type swiglu --moe-shared-mix gate --moe-shared-hidden-dim 8",
         "--moe-freq 1 --moe-first-dense 1 --moe-straight-through --moe-normalize-after-drops --moe-dense-after "
         "--moe-dense-before",
-        "--moe-freq 1 --moe-normalize-weights --moe-num-groups 2 --moe-weight-scale 2.5 --moe-capacity-per sequence "
-        "--moe-score sigmoid",
+        "--moe-freq 1 --moe-normalize-weights --moe-num-groups 2 --moe-weight-scale 2.5 "
+        "--moe-capacity-per sequence --moe-score sigmoid",
     ],
     ids=lambda extra: extra.split("--moe-")[-1].split()[0],
 )

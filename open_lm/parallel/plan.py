@@ -64,10 +64,10 @@ def parallelize(
             # not block.compile(): FSDP's hooks must stay outside of the graph
             block.forward = torch.compile(block.forward)
         if distributed.fsdp:
-            whole_until_backward = {"reshard_after_forward": not distributed.fsdp_hybrid_o2}
+            in_block: dict[str, Any] = sharding | {"reshard_after_forward": not distributed.fsdp_hybrid_o2}
             if dtype is not None or sharding["mp_policy"].param_dtype is not None:
-                _shard_routers_(block, sharding | whole_until_backward)
-            fully_shard(block, **sharding, **whole_until_backward)
+                _shard_routers_(block, in_block)
+            fully_shard(block, **in_block)
     if meta:
         for name, child in model.named_children():
             if child is not model.layers:
@@ -134,9 +134,10 @@ def _shard_routers_(block: nn.Module, sharding: dict[str, Any]) -> None:
     A unit by itself, as one unit has one dtype. It costs one more all-gather, of d x E numbers, per MoE layer and
     pass, and one more reduce-scatter; --torchcompile compiles the parts before and after the router apart.
     """
+    in_fp32: dict[str, Any] = sharding | {"mp_policy": MixedPrecisionPolicy()}
     for module in block.modules():
         if isinstance(module, Router):
-            fully_shard(module, **sharding | {"mp_policy": MixedPrecisionPolicy()})
+            fully_shard(module, **in_fp32)
 
 
 def _materialize_(
