@@ -50,7 +50,7 @@ def test_every_router_generates(router, sequences):
     """A token at a time: capacities of less than one row drop nobody, and experts that choose take one."""
     moe = MoEConfig(freq=1, num_experts=4, router=router, top_k=2)
     if router == "top_k":
-        moe = replace(moe, noise="rsample", jitter=0.5, balance=("aux", "bias"))
+        moe = replace(moe, noise="rsample", jitter=0.5)
     model = build(replace(CONFIG, moe=moe), "cpu", seed=3)
     text = generate(model, PROMPT[:sequences], 5)
     assert text.shape == (sequences, 8)

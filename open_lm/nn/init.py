@@ -16,8 +16,8 @@ d: model width, h: hidden width of an FFN or expert, l: layer, counted from 0.
     all biases, also b1, c1, b2, router.bias_E    0 (open_lm left gemma_geglu's at nn.Linear's default)
 
 With --init-std s every weight above but the gains is normal with std s, not truncated: embeddings, routers and
-experts too. With --init-scaled-outputs attention.out_proj, the FFNs' w3, 2, down_proj and the experts' and mixing's w2
-have s / sqrt(2 L) in a model of L layers, not less with depth (GPT-2, Megatron).
+experts too. With --init-scaled-outputs attention.out_proj, the FFNs' w3, 2, down_proj and the experts' and
+mixing's w2 have s / sqrt(2 L) in a model of L layers, not less with depth (GPT-2, Megatron).
 """
 
 import hashlib

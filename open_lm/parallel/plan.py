@@ -83,13 +83,12 @@ def parallelize(
             _cast_in_forward_(unit, torch.float16)
     if world.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        static_graph=distributed.ddp_static_graph,
-        gradient_as_bucket_view=True,
-        # the only buffers, the routers' biases, are computed alike on all ranks
-        **{_buffers_flag(): False},
-    )
+    options: dict[str, Any] = {
+        "static_graph": distributed.ddp_static_graph,
+        "gradient_as_bucket_view": True,
+        _buffers_flag(): False,  # the only buffers, the routers' biases, are computed alike on all ranks
+    }
+    return DistributedDataParallel(model, **options)
 
 
 def _buffers_flag() -> str:
