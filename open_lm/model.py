@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_lm.config.model import ModelConfig
+from open_lm.config.moe import MoEConfig
+from open_lm.config.moe_check import EXPERTS_CHOOSE
 from open_lm.loss import LinearLoss, linear_cross_entropy
 from open_lm.moe.layer import MoE, Tokens
 from open_lm.moe.placement import layer_config, moe_layers
@@ -142,7 +144,8 @@ class Count(NamedTuple):
 
     total: int
     active: int
-    """Those that one token uses: of each MoE layer's experts, top_k."""
+    """Those that one token uses: of each MoE layer's experts, top_k; where experts choose tokens, the mean of how
+    many choose it, which the capacity sets: top_k * capacity_factor."""
 
 
 def count_parameters(config: ModelConfig) -> Count:
@@ -150,7 +153,18 @@ def count_parameters(config: ModelConfig) -> Count:
     total = idle = 0
     for name, parameter in build(config).named_parameters():
         total += parameter.numel()
-        if ".experts.mlp." in name:
+        if is_of_experts(name):
             experts = parameter.shape[0]
-            idle += parameter.numel() // experts * (experts - config.moe.top_k)
+            used = min(experts_per_token(config.moe), experts)
+            idle += parameter.numel() - round(parameter.numel() / experts * used)
     return Count(total, total - idle)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether the parameter is a stack of one slice per expert."""
+    return ".experts.mlp." in name
+
+
+def experts_per_token(moe: MoEConfig) -> float:
+    """How many experts compute a token, drops not counted; in the mean, where experts choose."""
+    return moe.top_k * moe.capacity_factor if moe.router in EXPERTS_CHOOSE else moe.top_k

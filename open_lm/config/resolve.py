@@ -32,6 +32,8 @@ RUNTIME_FIELDS = {"attn_name", "dropout", "attn_dropout", "init_std", "init_scal
     "backend", "balance", "bias_rate", "capacity_factor", "capacity_per", "capacity_rounding", "drop_policy",
     "eval_capacity_factor", "eval_threshold", "init", "jitter", "loss_weight", "min_capacity", "noise",
     "pad_to_capacity", "z_loss_weight"))}  # fmt: skip
+# Numbers that --moe-balance reads.
+OF_BALANCE = ("moe_loss_weight", "moe_bias_rate")
 
 
 def model_names() -> list[str]:
@@ -133,6 +135,8 @@ def reconcile(
         if here == there:
             continue
         flag = sizes.get(name, name)
+        if name in OF_BALANCE and "moe_balance" in given:
+            continue  # they belong to the checkpoint's balancing, which a given one replaces
         if flag not in given:
             taken[name] = there
             notes.append(f"{_flag(flag) if flag == name else name}: {there}, from {path} (not {here})")
