@@ -86,7 +86,8 @@ class MoEConfig:
     or for all but the first (its and GShard's sampled second expert). The weights are without it."""
 
     threshold: Annotated[float, arg(name="moe-threshold")] = 0.2
-    """Router threshold: choice j >= 2 with weight g is kept with probability g / threshold."""
+    """Routers threshold and coordinate_descent: choice j >= 2 with weight g is kept with probability g / threshold;
+    in evaluation, which must repeat, if that is more than 1/2."""
 
     eval_threshold: Annotated[float | None, arg(name="moe-eval-threshold")] = None
     """The same in evaluation. Default: as in training."""

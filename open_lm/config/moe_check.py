@@ -9,6 +9,8 @@ from open_lm.config.moe import SELF_BALANCED, MoEConfig
 
 # Routers in which experts choose tokens: they fill each expert to its capacity and drop nothing.
 EXPERTS_CHOOSE = ("expert_choice", "expert_choice_causal")
+# Routers that remove choices of a small weight, and whose weights sum to one.
+REMOVING = ("threshold", "coordinate_descent")
 POSITIVE = ("num_groups", "top_groups", "weight_scale", "threshold", "eval_threshold", "hidden_dim",
             "dim")  # fmt: skip
 NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor", "min_capacity", "bias_rate",
@@ -78,8 +80,8 @@ def _check_experts(moe: MoEConfig, experts: int) -> None:
 def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
     """Refuses numbers that nothing would read."""
     needs = {
-        "threshold": ("--moe-router threshold", moe.router == "threshold"),
-        "eval_threshold": ("--moe-router threshold", moe.router == "threshold"),
+        "threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
+        "eval_threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
         "bias_rate": ("--moe-balance bias", "bias" in moe.balances),
         "top_groups": ("--moe-num-groups", moe.num_groups > 1),
         "loss_weight": ("a loss in --moe-balance", bool(set(moe.balances) - {"bias"})),
@@ -106,7 +108,12 @@ def _check_scores(moe: MoEConfig) -> None:
         raise ValueError(f"{', '.join(wrong)} belong to --moe-router top_k, not {moe.router}: drop one")
     if moe.noise == "second_expert" and moe.top_k < 2:
         raise ValueError(f"--moe-noise second_expert with --moe-top-k {moe.top_k}: there is no second expert")
-    if moe.normalize_weights and moe.top_k == 1 and moe.router == "top_k":
+    if moe.router in REMOVING and moe.top_k == 1:
+        raise ValueError(
+            f"--moe-router {moe.router} with --moe-top-k 1: weights sum to one, so the only one is 1 and the router "
+            "would not learn from the output; use --moe-top-k 2 or more, or --moe-router top_k"
+        )
+    if moe.normalize_weights and moe.top_k == 1:
         raise ValueError(
             "--moe-normalize-weights with --moe-top-k 1 makes every weight 1: the router would not learn from "
             "the output; drop it"
@@ -181,6 +188,11 @@ def _check_capacity(moe: MoEConfig) -> None:
     if moe.router == "expert_choice_causal" and moe.capacity_per == "sequence":
         raise ValueError(
             "--moe-router expert_choice_causal chooses over the batch at one position: --moe-capacity-per batch"
+        )
+    if moe.router == "expert_choice_causal" and moe.pad_to_capacity:
+        raise ValueError(
+            "--moe-pad-to-capacity with --moe-router expert_choice_causal, whose experts take a fixed number of "
+            "tokens at each position already: drop --moe-pad-to-capacity"
         )
 
 
@@ -271,17 +283,19 @@ def sees_later_tokens(moe: MoEConfig) -> list[str]:
     """Why a token's output depends on tokens after it in its own sequence: a sentence for each reason."""
     reasons = []
     always, training = "in training and evaluation", "in training; evaluation is causal"
-    routers = {"expert_choice": always, "coordinate_descent": always, "quantile": always,
-               "sinkhorn": training}  # fmt: skip
+    routers = {"expert_choice": always, "quantile": always, "sinkhorn": training}
     if moe.router in routers:
         reasons.append(f"--moe-router {moe.router} sees later tokens {routers[moe.router]}")
     if moe.router in EXPERTS_CHOOSE:
         return reasons
-    # who is dropped may depend on later tokens: on their weights, on their first choices, on chance
-    by_choice = moe.drop_policy in ("choice", "random") and moe.top_k > 1
-    in_training = bool(moe.capacity_factor) and (by_choice or moe.drop_policy in ("probs", "random"))
+    # who is dropped may depend on later tokens: on their weights (all the same with hash), on their first choices
+    # or on chance (where they choose at all)
+    by_weight = moe.drop_policy == "probs" and moe.router != "hash"
+    by_chance = moe.drop_policy == "random" and moe.router != "uniform"
+    by_choice = moe.drop_policy in ("choice", "random") and moe.top_k > 1 and moe.router != "uniform"
+    in_training = bool(moe.capacity_factor) and (by_weight or by_chance or by_choice)
     factor = moe.capacity_factor if moe.eval_capacity_factor is None else moe.eval_capacity_factor
-    in_evaluation = bool(factor) and (by_choice or moe.drop_policy == "probs")
+    in_evaluation = bool(factor) and (by_weight or by_choice)
     if in_training or in_evaluation:
         when = always if in_training and in_evaluation else training if in_training else "in evaluation alone"
         reasons.append(f"--moe-drop-policy {moe.drop_policy} sees later tokens {when}: they may take a place")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from open_lm.config.moe import MoEConfig
+from open_lm.config.moe_check import EXPERTS_CHOOSE
 from open_lm.moe.routing import Context, Routing, expert_of_row, invert, keep
 
 
@@ -61,8 +62,12 @@ POLICIES: dict[str, Callable[[Routing, Context], Tensor | None]] = {
 
 
 def drop(routing: Routing, config: MoEConfig, context: Context) -> Routing:
-    """Each expert keeps `context.capacity` rows by --moe-drop-policy, of the batch or of each sequence."""
-    if not context.capacity:
+    """Each expert keeps `context.capacity` rows by --moe-drop-policy, of the batch or of each sequence.
+
+    Experts that choose have filled themselves. Dropped in order once more, they would show a token whether those
+    of other sequences were taken at later positions, and so what its own sequence has there.
+    """
+    if not context.capacity or config.router in EXPERTS_CHOOSE:
         return routing
     sequences = context.sequences if config.capacity_per == "sequence" else 1
     priority_R = POLICIES[config.drop_policy](routing, context)
