@@ -99,14 +99,137 @@ def top_k(logits_TE, config, batch, real_T, bias_E) -> Chosen:
         weight_TE = softmax(torch.where(place_TE >= 0, logits_TE, -math.inf))
     else:
         weight_TE = torch.where(place_TE >= 0, score_TE, 0.0)
-    if config.normalize_weights:
-        weight_TE = weight_TE / weight_TE.sum(1, keepdim=True)
     probability_TE = score_TE / score_TE.sum(1, keepdim=True)
     counted_TE = first(places(score_TE.detach()), config.top_k)
-    return Chosen(place_TE, weight_TE * config.weight_scale, probability_TE, counted_TE)
+    return Chosen(place_TE, finish(weight_TE, place_TE, config), probability_TE, counted_TE)
 
 
-RULES = {"top_k": top_k}
+def expert_choice(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """Each expert takes the tokens of highest probability, of the batch or of each sequence; at least one."""
+    S = batch.x_BSD.shape[1]
+    window = S if config.capacity_per == "sequence" else len(real_T)
+    groups = [range(start, start + window) for start in range(0, len(real_T), window)]
+    return experts_choose(logits_TE, config, batch, real_T, groups)
+
+
+def expert_choice_causal(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """Each expert takes the sequences of highest probability at each position."""
+    S = batch.x_BSD.shape[1]
+    groups = [range(position, len(real_T), S) for position in range(S)]
+    return experts_choose(logits_TE, config, batch, real_T, groups)
+
+
+def experts_choose(logits_TE, config, batch, real_T, groups) -> Chosen:
+    p_TE = softmax(logits_TE)
+    taken_TE = torch.full(p_TE.shape, -1)
+    p, real = p_TE.tolist(), real_T.tolist()
+    for group in groups:
+        places_of_expert = max(capacity(len(group), config, batch.training), 1)
+        for expert in range(p_TE.shape[1]):
+            there = [t for t in group if real[t]]
+            for t in sorted(there, key=lambda t: -p[t][expert])[:places_of_expert]:
+                taken_TE[t, expert] = 0
+    return Chosen(taken_TE, p_TE * config.weight_scale, p_TE, None)
+
+
+def sinkhorn(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """In training, K highest of the matrix whose rows sum to 1/T and columns to 1/E; else K highest logits."""
+    key_TE = logits_TE.detach().double()
+    if batch.training:
+        share_TE = key_TE.exp() * real_T[:, None]
+        for _ in range(8):
+            share_TE = share_TE / share_TE.sum(1, keepdim=True).clamp(min=1e-30)
+            share_TE = share_TE / share_TE.sum(0).clamp(min=1e-30)
+        key_TE = share_TE
+    place_TE = first(places(key_TE), config.top_k)
+    score_TE = logits_TE.sigmoid() if config.top_k == 1 else softmax(logits_TE)
+    return Chosen(place_TE, finish(score_TE, place_TE, config), softmax(logits_TE), None)
+
+
+def quantile(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """K highest of logit - price; prices in four steps let in the kT/E highest bidders of each expert."""
+    s_TE, k = logits_TE.detach(), config.top_k
+    price_E = torch.zeros(s_TE.shape[1])
+    for _ in range(4 if k < s_TE.shape[1] else 0):
+        rival_T1 = (s_TE - price_E).sort(1, descending=True).values[:, k, None]
+        bids = (s_TE - rival_T1)[real_T].sort(0, descending=True).values
+        if len(bids):
+            price_E = bids[k * len(bids) // len(price_E)]
+    place_TE = first(places(s_TE - price_E), k)
+    p_TE = softmax(logits_TE)
+    return Chosen(place_TE, finish(p_TE, place_TE, config), p_TE, None)
+
+
+def threshold(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """K highest probabilities over their sum; a choice after the first stays if a draw is < gate / threshold."""
+    p_TE = softmax(logits_TE)
+    return second_thoughts(p_TE, p_TE, config, batch)
+
+
+def coordinate_descent(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """`threshold` with gates that are shares in a smooth top-k, of entropy .1 and 9/8 K (CoLT5, section 3)."""
+    p_TE = softmax(logits_TE)
+    k = torch.tensor(min(config.top_k * 9 / 8, p_TE.shape[1]))
+    b_TE = -p_TE
+    for _ in range(20):
+        a_T1 = 0.1 * (k.log() - ((p_TE + b_TE) / 0.1).exp().sum(1, keepdim=True).log())
+        b_TE = -(p_TE + a_T1).clamp(min=0)
+    return second_thoughts(p_TE, ((p_TE + a_T1 + b_TE) / 0.1).exp(), config, batch)
+
+
+def second_thoughts(p_TE, value_TE, config, batch) -> Chosen:
+    counted_TE = first(places(p_TE), config.top_k)
+    gate_TE = torch.where(counted_TE >= 0, value_TE, 0.0)
+    gate_TE = gate_TE / gate_TE.sum(1, keepdim=True).clamp(min=1e-9)
+    limit = config.threshold
+    if not batch.training and config.eval_threshold is not None:
+        limit = config.eval_threshold
+    draw_TE = batch.draw(gate_TE.detach()) if batch.training else 0.5
+    stays_TE = (counted_TE == 0) | (draw_TE < gate_TE / limit)
+    place_TE = torch.where(stays_TE, counted_TE, -1)
+    return Chosen(place_TE, gate_TE * config.weight_scale, p_TE, counted_TE)
+
+
+def hash(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """K experts from a 32-bit hash of the token's id, or of its position; weight 1/K; nothing is learned."""
+
+    def mix(n: int) -> int:
+        n %= 2**32
+        for _ in range(2):
+            n = (n ^ n // 2**16) * 0x45D9F3B % 2**32
+        return n ^ n // 2**16
+
+    B, S, _ = batch.x_BSD.shape
+    ids = [t % S for t in range(B * S)] if batch.ids_BS is None else batch.ids_BS.flatten().tolist()
+    E = logits_TE.shape[1]
+    key_TE = torch.tensor([[float(mix(mix(n) + e)) for e in range(E)] for n in ids], dtype=torch.float64)
+    place_TE = first(places(key_TE), config.top_k)
+    weight_TE = torch.full(logits_TE.shape, config.weight_scale / config.top_k)
+    return Chosen(place_TE, weight_TE, softmax(logits_TE), None)
+
+
+def uniform(logits_TE, config, batch, real_T, bias_E) -> Chosen:
+    """Real token number n goes to experts nK, nK + 1, … nK + K - 1, modulo E."""
+    T, E = logits_TE.shape
+    place_TE, turn = torch.full((T, E), -1), 0
+    for t in range(T):
+        for choice in range(config.top_k if real_T[t] else 0):
+            place_TE[t, turn % E] = choice
+            turn += 1
+    p_TE = softmax(logits_TE)
+    return Chosen(place_TE, finish(p_TE, place_TE, config), p_TE, None)
+
+
+RULES = {rule.__name__: rule for rule in (top_k, expert_choice, expert_choice_causal, sinkhorn, quantile, threshold,
+                                          coordinate_descent, hash, uniform)}  # fmt: skip
+
+
+def finish(score_TE: Tensor, place_TE: Tensor, config: MoEConfig) -> Tensor:
+    """Scores of the chosen, summing to one if asked to, scaled."""
+    weight_TE = torch.where(place_TE >= 0, score_TE, 0.0)
+    if config.normalize_weights:
+        weight_TE = weight_TE / weight_TE.sum(1, keepdim=True).clamp(min=1e-20)
+    return weight_TE * config.weight_scale
 
 
 def softmax(logits_TE: Tensor) -> Tensor:
@@ -115,8 +238,13 @@ def softmax(logits_TE: Tensor) -> Tensor:
 
 
 def places(key_TE: Tensor) -> Tensor:
-    """How many experts a token prefers to this one: 0 for the best."""
-    return (key_TE[:, None, :] > key_TE[:, :, None]).sum(2)
+    """How many experts a token prefers to this one: 0 for the best; of equal ones, the first."""
+    other_TEE, this_TEE = key_TE[:, None, :], key_TE[:, :, None]
+    tied_TEE = (other_TEE == this_TEE) & BEFORE_EE[: key_TE.shape[1], : key_TE.shape[1]]
+    return ((other_TEE > this_TEE) | tied_TEE).sum(2)
+
+
+BEFORE_EE = torch.ones(64, 64, dtype=torch.bool).tril(-1)  # [this, other]: other < this
 
 
 def first(place_TE: Tensor, k: int) -> Tensor:
@@ -168,7 +296,7 @@ def drop(place_TE: Tensor, weight_TE: Tensor, config: MoEConfig, batch: Batch) -
     for expert in range(len(place[0])):
         for start in range(0, T, window):
             queue = [t for t in range(start, start + window) if place[t][expert] >= 0]
-            for t in sorted(queue, key=lambda t: order(t, expert))[:limit]:  # noqa: B023
+            for t in sorted(queue, key=lambda t: order(t, expert))[:limit]:
                 kept[t][expert] = True
     return torch.tensor(kept)
 
