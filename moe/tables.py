@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm.config import ModelFlags, MoEConfig, RunConfig
+from open_lm.config.parse import NO_FLAGS
 from open_lm.config.resolve import resolve_model
 from open_lm.model import count_parameters
 
@@ -186,6 +187,8 @@ def flags() -> tuple[str, bool]:
         part = getattr(defaults, group.name)
         rows.append([f"**{group.name}**", "", ""])
         for name, text in field_help(type(part)).items():
+            if name in NO_FLAGS:
+                continue
             flag = f"moe_{name}" if group.name == "moe" else name
             default = getattr(part, name)
             shown = "" if default in (None, "", False) else f"`{default}`"

@@ -109,6 +109,9 @@ def averaged_loss(
 ) -> float:
     """The averaged weights' mean loss (nats per token) over a step's whole batch, on all ranks. Collective."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)  # nll, tokens
+    bare = unwrap(model)
+    was_training = bare.training
+    bare.eval()
     with averaged(model, average):
         slices = zip(
             batch.tokens_BS.split(micro_sequences), batch.targets_BS.split(micro_sequences), strict=True
@@ -116,10 +119,11 @@ def averaged_loss(
         for tokens_BS, targets_BS in slices:
             targets_BS = targets_BS.to(world.device)
             with autocast(precision, world.device):
-                output = unwrap(model)(tokens_BS.to(world.device), targets_BS)
+                output = bare(tokens_BS.to(world.device), targets_BS)
             assert output.loss is not None
             sums[0] += output.loss.nll_BS.double().sum()
             sums[1] += (targets_BS != IGNORE_INDEX).sum()
+    bare.train(was_training)
     nll, tokens = sum_over_ranks_(sums).tolist()
     return nll / max(tokens, 1)
 

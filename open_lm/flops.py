@@ -5,8 +5,8 @@ from open_lm.model import build, count_parameters
 
 FORMULA = (
     "MFU = tokens/s/GPU x FLOPs per token / peak; FLOPs per token = 6 x active parameters in matrix products (with "
-    "the output projection, without the embedding's look-up) + 6 x layers x sequence length x attention width "
-    "(causal attention at half); recomputation does not count"
+    "the output projection, without embeddings' look-ups) + 6 x layers x sequence length x attention width (of "
+    "keys and values, their mean) (causal attention at half); recomputation does not count"
 )
 
 # Dense bf16 peak in FLOP/s by a part of the device's name, of NVIDIA's data sheets; the first match counts.
@@ -32,7 +32,9 @@ def peak_flops(device_name: str) -> float | None:
 def flops_per_token(config: ModelConfig) -> float:
     """Forward and backward, by FORMULA."""
     looked_up = 0 if config.weight_tying else config.vocab_size * config.dim
+    if config.positional_embedding_type == "learned":
+        looked_up += config.seq_len * config.dim
     vectors = sum(p.numel() for p in build(config).parameters() if p.ndim < 2)
     in_products = count_parameters(config).active - looked_up - vectors
-    attention = config.n_layers * config.seq_len * config.n_heads * config.head_dim
-    return 6 * (in_products + attention)
+    widths = config.n_heads * (config.qk_head_dim + config.value_head_dim)
+    return 6 * in_products + 3 * config.n_layers * config.seq_len * widths

@@ -33,6 +33,8 @@ def generate(
             f"prompt of {length} + new_tokens {new_tokens} > the model's seq_len {model.config.seq_len}: "
             "shorten one"
         )
+    was_training = model.training
+    model.eval()
     stream = torch.Generator(tokens_BS.device).manual_seed(seed)
     caches = [LayerCache() for _ in range(model.config.n_layers)]
     step_BS = tokens_BS
@@ -40,6 +42,7 @@ def generate(
         logits_BV = model(step_BS, caches=caches).logits_BSV[:, -1].float()
         step_BS = choose(logits_BV, temperature, stream)
         tokens_BS = torch.cat((tokens_BS, step_BS), dim=1)
+    model.train(was_training)
     return tokens_BS
 
 

@@ -47,6 +47,9 @@ class Transformer(nn.Module):
         self.compiled_loss = False
         norm, sparse = NORMS[config.model_norm], set(moe_layers(config))
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.positional_embedding_type == "learned"
+        self.pos_embeddings = nn.Embedding(config.seq_len, config.dim) if learned else None
+        self.dropout = nn.Dropout(config.dropout)
         self.post_embed_norm = norm(config.dim, config.norm_eps) if config.post_embed_norm else nn.Identity()
         self.layers = nn.ModuleList()
         for layer in range(config.n_layers):
@@ -71,7 +74,7 @@ class Transformer(nn.Module):
         real_BS (bool) is False for padding, of which MoE layers take no notice; None: all tokens are real.
         With caches, one per layer, the tokens follow those already there.
         """
-        x_BSD = self.post_embed_norm(self.tok_embeddings(tokens_BS))
+        x_BSD = self.embed(tokens_BS, caches[0].length if caches else 0)
         recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
         # once, not in every block: compiled blocks would compute each cosine anew for each batch and head
         first = self.layers[0]
@@ -97,6 +100,20 @@ class Transformer(nn.Module):
             compiled=self.compiled_loss,
         )
         return Output(None, tuple(router_stats), loss)
+
+    def embed(self, tokens_BS: Tensor, offset: int) -> Tensor:
+        """x_BSD, of which the first token stands at position `offset`. Raises ValueError for one beyond seq_len
+        where positions are learned."""
+        x_BSD = self.tok_embeddings(tokens_BS)
+        if self.pos_embeddings is not None:
+            end, seq_len = offset + tokens_BS.shape[1], self.config.seq_len
+            if end > seq_len:
+                raise ValueError(
+                    f"a text of {end} tokens, but the model has learned the positions of seq_len {seq_len}: "
+                    "shorten it"
+                )
+            x_BSD = x_BSD + self.pos_embeddings(torch.arange(offset, end, device=tokens_BS.device))
+        return self.dropout(self.post_embed_norm(x_BSD))
 
     def tie_weights_(self) -> None:
         """With weight_tying, makes the embedding and the output one Parameter again (to_empty parts them)."""

@@ -32,35 +32,37 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 def learning_rate(step: int, config: OptimConfig, total_steps: int, steps_per_interval: int) -> float:
     """The learning rate of step `step` (from 0) of `total_steps`; at and past the end it stays at the end's.
 
-    `steps_per_interval` is the unit of --epochs-cooldown.
+    With --lr-decay-steps the decay ends there, not with the run. `steps_per_interval` is the unit of
+    --epochs-cooldown.
     """
     if config.skip_scheduler:
         return config.lr
     if step < config.warmup:
         return config.lr * (step + 1) / config.warmup
-    start, decay = SCHEDULES[config.lr_scheduler](config, total_steps, steps_per_interval)
-    progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - start)))
+    end = config.lr_decay_steps or total_steps
+    start, decay = SCHEDULES[config.lr_scheduler](config, end, steps_per_interval)
+    progress = min(1.0, max(0.0, (step - start) / max(1, end - start)))
     # written so that decay 1 gives exactly lr
     rate = config.lr - (1 - decay(progress)) * (config.lr - config.lr_cooldown_end)
     return max(rate, config.force_min_lr)
 
 
-def _cosine(config: OptimConfig, total_steps: int, steps_per_interval: int):
+def _cosine(config: OptimConfig, end: int, steps_per_interval: int):
     return config.warmup, lambda progress: 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _const(config: OptimConfig, total_steps: int, steps_per_interval: int):
+def _const(config: OptimConfig, end: int, steps_per_interval: int):
     return config.warmup, lambda progress: 1.0
 
 
-def _const_cooldown(config: OptimConfig, total_steps: int, steps_per_interval: int):
+def _const_cooldown(config: OptimConfig, end: int, steps_per_interval: int):
     if config.epochs_cooldown is None:
         raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown")
-    start = total_steps - config.epochs_cooldown * steps_per_interval
+    start = end - config.epochs_cooldown * steps_per_interval
     return start, lambda progress: (1 - progress) ** config.lr_cooldown_power
 
 
-# (config, total_steps, steps_per_interval) → (first step of the decay, decay of progress in [0, 1])
+# (config, step where the decay ends, steps_per_interval) → (first step of the decay, decay of progress in [0, 1])
 SCHEDULES = {"cosine": _cosine, "const": _const, "const-cooldown": _const_cooldown}
 
 

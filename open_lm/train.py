@@ -3,6 +3,7 @@
 Shapes: B sequences of this rank's batch, S positions.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -118,6 +119,13 @@ def log_averaged_losses(
     logger.info(f"step {step:,}, averaged weights | {shown}")
 
 
+def seed_randomness_(seed: int, step: int, rank: int) -> None:
+    """Makes what `step` draws on `rank` (dropout, routers' noise) depend on nothing before it: a resume goes on
+    exactly."""
+    digest = hashlib.sha256(f"{seed}/{step}/{rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -160,6 +168,7 @@ def train(
             clock.lap("averaged_loss_time")
         rate = learning_rate(step, optim, schedule.total_steps, schedule.interval_end(1))
         set_learning_rate_(optimizer, rate)
+        seed_randomness_(optim.seed, step, world.rank)
         scale = loss_scale.value if loss_scale else 1.0
         result = accumulate_gradients(
             model, batch, plan=plan, optim=optim, config=config, world=world, loss_scale=scale, clock=clock

@@ -1,12 +1,15 @@
 """FLOPs per token against the literal sums of the models' shapes, and MFU and memory in a run's lines."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from open_lm import metrics
-from open_lm.config import ModelFlags, MoEConfig
+from open_lm.config import ModelConfig, ModelFlags, MoEConfig
 from open_lm.config.resolve import resolve_model
 from open_lm.flops import flops_per_token, peak_flops
+from open_lm.model import count_parameters
 
 # MFLOP per token, dense and with 8 experts in every second layer, worked out apart from this code
 MEGAFLOPS = {
@@ -33,6 +36,34 @@ def test_by_hand():
     d, layers, seq_len, vocab = 288, 12, 2048, 50432
     products = layers * (4 * d * d + 3 * d * 768) + vocab * d
     assert flops_per_token(config_of("41m", MoEConfig())) == 6 * (products + layers * seq_len * d)
+
+
+BASE = ModelConfig(dim=32, n_layers=3, n_heads=4, seq_len=20, vocab_size=50, ffn_hidden_dim=24)
+
+
+def test_grouped_queries_by_hand():
+    config = replace(BASE, n_kv_heads=2, explicit_head_dim=6, attn_bias=True, ffn_bias=True)
+    products = 3 * (32 * (4 + 2 + 2) * 6 + 4 * 6 * 32 + 3 * 32 * 24) + 50 * 32
+    assert flops_per_token(config) == 6 * (products + 3 * 20 * 4 * 6)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 7])
+def test_latent_attention_by_hand(q_lora_rank):
+    """Queries and keys of 8 + 4, values of 10: scores and their sums over values differ in cost."""
+    config = replace(
+        BASE, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, q_lora_rank=q_lora_rank
+    )
+    queries = 32 * 4 * 12 if q_lora_rank is None else 32 * 7 + 7 * 4 * 12
+    products = 3 * (queries + 32 * (16 + 4) + 16 * 4 * (8 + 10) + 4 * 10 * 32 + 3 * 32 * 24) + 50 * 32
+    scores = values = 3 * 20 // 2 * 2 * 4  # layers, half of the keys, a product and a sum, heads
+    assert flops_per_token(config) == 6 * products + 3 * (scores * 12 + values * 10)
+
+
+def test_learned_positions_are_looked_up():
+    learned = replace(BASE, positional_embedding_type="learned")
+    assert flops_per_token(learned) == flops_per_token(BASE)
+    assert flops_per_token(replace(learned, weight_tying=True)) == flops_per_token(BASE)
+    assert count_parameters(learned).total == count_parameters(BASE).total + 20 * 32
 
 
 def test_peaks_are_of_the_devices_name():

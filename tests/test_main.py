@@ -48,7 +48,10 @@ def torchrun(ranks: int, arguments: list[str]) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("moe", ["", MOE], ids=["dense", "moe"])
+DROPOUT = f"{MOE} --dropout 0.2 --attn-dropout 0.1 --accum-freq 2"
+
+
+@pytest.mark.parametrize("moe", ["", MOE, DROPOUT], ids=["dense", "moe", "dropout"])
 def test_six_steps_equal_three_and_three(sources, tmp_path, moe) -> None:
     main(flags(sources, tmp_path / "once", f"{moe} --max-steps 6"))
     main(flags(sources, tmp_path / "twice", f"{moe} --max-steps 3"))

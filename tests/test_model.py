@@ -18,6 +18,11 @@ from open_lm.nn.attention import LayerCache
 
 DENSE = ModelConfig(dim=48, n_layers=3, n_heads=2, seq_len=32, vocab_size=67, model_norm="rms_norm")
 SPARSE = replace(DENSE, moe=MoEConfig(freq=2, num_experts=4, capacity_factor=0.0))
+LATENT = replace(
+    DENSE, kv_lora_rank=16, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10,
+    rope_scaling="yarn", rope_scaling_factor=4.0, rope_original_seq_len=8, rope_yarn_mscale_all_dim=1.0,
+    dropout=0.1, attn_dropout=0.1,
+)  # fmt: skip
 TOKENS = torch.arange(2 * 32).view(2, 32) * 37 % 67
 
 
@@ -227,6 +232,29 @@ OPTIONS = [
     *({"positional_embedding_type": name} for name in typing.get_args(PositionName)),
     {"post_embed_norm": True},
     {"dim": 488, "n_heads": 12, "n_layers": 1},
+    *({"model_norm": name, "qk_norm_per_head": True, "n_kv_heads": 1} for name in typing.get_args(NormName)),
+    {"explicit_head_dim": 40, "attn_bias": True, "ffn_bias": True, "rope_theta": 1e6},
+    pytest.param(
+        {
+            "kv_lora_rank": 16,
+            "q_lora_rank": 12,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 10,
+            "model_norm": "rms_norm",
+        },
+        id="latent",
+    ),
+    pytest.param(
+        {
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 10,
+            "model_norm": "lp_layer_norm",
+        },
+        id="latent, layer norm",
+    ),
     pytest.param({"moe": SPARSE.moe}, id="moe"),
     pytest.param({"moe": replace(SPARSE.moe, ffn_type="swiglu", backend="reference")}, id="moe swiglu"),
 ]
@@ -267,7 +295,9 @@ def test_caches_continue_a_text(config):
     torch.testing.assert_close(torch.cat(parts, 1), model(TOKENS).logits_BSV, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("config", [DENSE, replace(SPARSE, moe=replace(SPARSE.moe, capacity_factor=1.25))])
+@pytest.mark.parametrize(
+    "config", [DENSE, LATENT, replace(SPARSE, moe=replace(SPARSE.moe, capacity_factor=1.25))]
+)
 def test_nothing_waits_for_the_device(config):
     """Under fake tensors any .item(), nonzero or data-dependent branch raises, forward and backward."""
     before = torch.get_default_dtype()
@@ -284,7 +314,11 @@ def test_nothing_waits_for_the_device(config):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, while it traces
-@pytest.mark.parametrize("config", [DENSE, SPARSE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config",
+    [DENSE, SPARSE, replace(LATENT, dropout=0.0, attn_dropout=0.0), replace(DENSE, n_kv_heads=1)],
+    ids=["dense", "moe", "latent", "gqa"],
+)
 def test_compiled_blocks(config):
     """Tracing and autograd by torch.compile; code generation left out, as it takes minutes here."""
     if config is SPARSE:  # fp32 grouped_mm cannot be traced (bf16 only), the reference loops over experts

@@ -40,6 +40,25 @@ def test_const_and_cooldown():
         optim.learning_rate(5, replace(cooldown, epochs_cooldown=None), 12, 3)
 
 
+def test_a_decay_that_ends_before_or_after_the_run():
+    """Of 12 steps, decay over the first 8, or over 20; the rate is a function of the step alone."""
+    short = replace(CONFIG, lr_decay_steps=8)
+    assert rates(short, [3, 4, 6, 8, 11, 99]) == [1.0, 1.0, 0.55, 0.1, 0.1, 0.1]
+    assert rates(replace(CONFIG, lr_decay_steps=20), [4, 8, 12, 16, 20]) == [
+        1.0,
+        0.868198,
+        0.55,
+        0.231802,
+        0.1,
+    ]
+    for total in (8, 12, 400):
+        assert rates(short, range(12), total=total) == rates(CONFIG, range(12), total=8)
+    cooldown = replace(CONFIG, lr_scheduler="const-cooldown", epochs_cooldown=1, lr_decay_steps=9)
+    # one interval of 3 steps before step 9
+    assert rates(cooldown, [4, 6, 7, 8, 9, 11]) == [1.0, 1.0, 0.7, 0.4, 0.1, 0.1]
+    assert rates(replace(short, force_min_lr=0.3), [2, 8, 11]) == [0.75, 0.3, 0.3]
+
+
 def test_skip_scheduler_and_degenerate_lengths():
     assert rates(replace(CONFIG, skip_scheduler=True), [0, 3, 11]) == [1.0, 1.0, 1.0]
     assert rates(replace(CONFIG, warmup=0), [0]) == [1.0]

@@ -152,3 +152,13 @@ def test_bad_samples_of_every_rank_are_counted(spawn, tmp_path) -> None:
     (line,) = read_lines(tmp_path / "logs")
     assert line["train/bad_samples"] == 2
     assert "2 samples too short or unreadable" in (tmp_path / "logs/run/out.log").read_text()
+
+
+def test_randomness_is_of_seed_step_and_rank() -> None:
+    def draw(*of: int) -> tuple[float, ...]:
+        open_lm.train.seed_randomness_(*of)
+        return tuple(torch.rand(4).tolist())
+
+    assert draw(0, 5, 1) == draw(0, 5, 1)
+    assert len({draw(seed, step, rank) for seed in (0, 1) for step in (0, 1, 5, 10) for rank in (0, 1)}) == 16
+    assert draw(1, 10, 0) != draw(11, 0, 0)

@@ -162,7 +162,7 @@ def _check_eval(evaluation: EvalConfig) -> None:
 
 
 def _check_optim(optim: OptimConfig, given: Collection[str]) -> None:
-    for name in ("batch_size", "global_batch_size", "accum_freq", "epochs", "max_steps"):
+    for name in ("batch_size", "global_batch_size", "accum_freq", "epochs", "max_steps", "lr_decay_steps"):
         value = getattr(optim, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: expected at least 1")
@@ -185,6 +185,17 @@ def _check_optim(optim: OptimConfig, given: Collection[str]) -> None:
             raise ValueError(f"--epochs-cooldown {optim.epochs_cooldown} > --epochs {optim.epochs}")
     elif optim.epochs_cooldown is not None:
         raise ValueError(f"--epochs-cooldown needs --lr-scheduler const-cooldown, not {optim.lr_scheduler}")
+    if optim.lr_decay_steps is not None:
+        constant = "--skip-scheduler" if optim.skip_scheduler else "--lr-scheduler const"
+        if optim.skip_scheduler or optim.lr_scheduler == "const":
+            raise ValueError(
+                f"--lr-decay-steps {optim.lr_decay_steps}, but {constant} has no decay: drop one"
+            )
+        if optim.lr_decay_steps <= optim.warmup:
+            raise ValueError(
+                f"--lr-decay-steps {optim.lr_decay_steps} <= --warmup {optim.warmup}: the decay would end before "
+                "it begins; raise one or lower the other"
+            )
     if optim.skip_scheduler and "lr_scheduler" in given:
         raise ValueError(
             f"--skip-scheduler keeps the learning rate constant, but --lr-scheduler {optim.lr_scheduler} is "

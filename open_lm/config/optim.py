@@ -53,11 +53,15 @@ class OptimConfig:
     lr_cooldown_end: float = 0.0
     """Learning rate at the end of the decay."""
 
+    lr_decay_steps: int | None = None
+    """Step at which the decay ends, warm-up included; the learning rate then stays at the end's. May be beyond the
+    run's end. Default: the run's end."""
+
     lr_cooldown_power: float = 1.0
     """const-cooldown: exponent of the decay; 1 is linear."""
 
     epochs_cooldown: int | None = None
-    """const-cooldown: how many of the last --epochs decay."""
+    """const-cooldown: how many of the last --epochs decay; with --lr-decay-steps, of the last before it."""
 
     force_min_lr: float = 0.0
     """After the warm-up the learning rate never falls below this."""

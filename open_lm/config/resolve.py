@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,24 @@ from typing import Any
 from open_lm.config.model import ModelConfig, ModelFlags
 from open_lm.config.moe import MoEConfig
 from open_lm.config.moe_check import check_moe
+from open_lm.config.network_check import SIZES, check_network
 from open_lm.config.parse import NO_FLAGS
 
 # The architecture's size: only a model's JSON says it, no flag does.
 SIZE_KEYS = {"hidden_dim": "dim", "n_layers": "n_layers", "n_heads": "n_heads", "seq_len": "seq_len",
              "vocab_size": "vocab_size", "post_embed_norm": "post_embed_norm", "weight_tying": "weight_tying",
-             "norm_eps": "norm_eps"}  # fmt: skip
+             "norm_eps": "norm_eps", **SIZES}  # fmt: skip
 REQUIRED_KEYS = ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size")
 # Flags that shape the network and that a model's JSON may fix too.
-MODEL_FLAGS = ("model_norm", "ffn_type", "qk_norm", "positional_embedding_type", "attn_name",
-               "attn_activation", "attn_seq_scalar", "attn_seq_scalar_alpha")  # fmt: skip
+MODEL_FLAGS = ("model_norm", "ffn_type", "ffn_bias", "attn_bias", "qk_norm", "qk_norm_per_head",
+               "positional_embedding_type", "rope_theta", "rope_scaling", "rope_scaling_factor",
+               "rope_original_seq_len", "rope_llama3_low_freq", "rope_llama3_high_freq", "rope_yarn_beta_fast",
+               "rope_yarn_beta_slow", "rope_yarn_mscale", "rope_yarn_mscale_all_dim", "dropout", "attn_dropout",
+               "init_std", "init_scaled_outputs", "attn_name", "attn_activation", "attn_seq_scalar",
+               "attn_seq_scalar_alpha")  # fmt: skip
 # What may differ between training and evaluation without making it another model.
-RUNTIME_FIELDS = {"attn_name", *(f"moe_{name}" for name in (
+RUNTIME_FIELDS = {"attn_name", "dropout", "attn_dropout", "init_std", "init_scaled_outputs",
+                  *(f"moe_{name}" for name in (
     "backend", "balance", "bias_rate", "capacity_factor", "capacity_per", "capacity_rounding", "drop_policy",
     "eval_capacity_factor", "eval_threshold", "init", "jitter", "loss_weight", "min_capacity", "noise",
     "pad_to_capacity", "z_loss_weight"))}  # fmt: skip
@@ -95,11 +101,7 @@ def check_model(config: ModelConfig, given: Collection[str] = ()) -> None:
             raise ValueError(f"the model's {name} is {getattr(config, name)!r}: expected a positive integer")
     if config.n_heads > config.dim:
         raise ValueError(f"the model's n_heads {config.n_heads} > hidden_dim {config.dim}")
-    if config.head_dim % 2 and config.positional_embedding_type != "none":
-        raise ValueError(
-            f"head width {config.head_dim} (hidden_dim {config.dim} // n_heads {config.n_heads}) is odd: "
-            f"--positional-embedding-type {config.positional_embedding_type} rotates pairs"
-        )
+    check_network(config)
     custom = (config.attn_activation, config.attn_seq_scalar, config.attn_seq_scalar_alpha)
     if config.attn_name == "custom_attn" and None in custom:
         raise ValueError(
@@ -145,11 +147,17 @@ def reconcile(
 
 
 def flatten(config: ModelConfig | Mapping[str, Any]) -> dict[str, Any]:
-    """`{"dim": …, "moe_num_experts": …}` of a ModelConfig or of its `asdict`."""
-    entries = asdict(config) if isinstance(config, ModelConfig) else dict(config)
-    moe = entries.pop("moe", {})
+    """`{"dim": …, "moe_num_experts": …}` of a ModelConfig or of its `asdict`; what an older one does not have yet
+    is at its default."""
+    entries = asdict(config) if isinstance(config, ModelConfig) else defaults(ModelConfig) | dict(config)
+    moe = defaults(MoEConfig) | entries.pop("moe", {})
     entries |= {f"moe_{name}": value for name, value in moe.items()}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in entries.items()}
+
+
+def defaults(config: type) -> dict[str, Any]:
+    """The fields of a dataclass that have a plain default."""
+    return {field.name: field.default for field in fields(config) if field.default is not MISSING}
 
 
 def _flag(name: str) -> str:

@@ -61,7 +61,7 @@ class Schedule:
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run; what the learning-rate schedule spans."""
+        """Steps of the whole run; what the learning-rate schedule spans, without --lr-decay-steps."""
         return self.interval_end(self.intervals)
 
     @property
@@ -71,7 +71,7 @@ class Schedule:
 
 
 def plan_steps(data: DataConfig, optim: OptimConfig, global_sequences: int, seq_len: int) -> Schedule:
-    """Raises ValueError where an interval is shorter than one batch."""
+    """Raises ValueError where an interval is shorter than one batch, or the cool-down begins before the run."""
     if data.train_num_samples is None:
         raise ValueError("--train-num-samples (tokens in a checkpoint interval) is needed for training")
     batch_tokens = global_sequences * seq_len
@@ -80,4 +80,11 @@ def plan_steps(data: DataConfig, optim: OptimConfig, global_sequences: int, seq_
             f"--train-num-samples {data.train_num_samples} tokens is less than one batch: {global_sequences} "
             f"sequences of {seq_len} tokens = {batch_tokens}. Raise it or lower --global-batch-size"
         )
-    return Schedule(batch_tokens, data.train_num_samples, optim.epochs, optim.max_steps)
+    schedule = Schedule(batch_tokens, data.train_num_samples, optim.epochs, optim.max_steps)
+    cooldown_steps = (optim.epochs_cooldown or 0) * schedule.interval_end(1)
+    if optim.lr_decay_steps is not None and cooldown_steps > optim.lr_decay_steps:
+        raise ValueError(
+            f"--epochs-cooldown {optim.epochs_cooldown} is {cooldown_steps} steps > --lr-decay-steps "
+            f"{optim.lr_decay_steps}, where it ends: lower one or raise the other"
+        )
+    return schedule

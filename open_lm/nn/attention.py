@@ -1,6 +1,7 @@
 """Causal multi-head self-attention, its implementations, and the KV cache.
 
-Shapes: B batch, S query positions, T key positions, D model width, H heads, K head width.
+Shapes: B batch, S query positions, T key positions, D model width, H heads, K head width; G heads of keys and
+values, each shared by H / G queries, and V their values' width, where these are not H and K.
 The S queries are the last S of the T positions; without a cache S = T.
 """
 
@@ -20,7 +21,10 @@ Attend = Callable[..., Tensor]
 
 
 class LayerCache:
-    """Keys and values of the positions that one layer has seen; `length` counts the positions."""
+    """Keys and values of the positions that one layer has seen; `length` counts the positions.
+
+    Latent attention keeps here what all heads' keys and values are made of.
+    """
 
     def __init__(self) -> None:
         self.k_BTHK: Tensor | None = None
@@ -44,20 +48,32 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-def torch_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
-    """o_BSHK = softmax(q k^T / sqrt(K)) v by torch's scaled_dot_product_attention."""
-    queries, keys = q_BSHK.shape[1], k_BTHK.shape[1]
+def share_heads(x_BTGK: Tensor, heads: int) -> Tensor:
+    """x_BTHK: each head of keys or values, for all the queries that share it (arXiv:2305.13245)."""
+    return x_BTGK.repeat_interleave(heads // x_BTGK.shape[2], dim=2)
+
+
+def torch_attn(
+    q_BSHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, causal: bool, dropout: float = 0.0
+) -> Tensor:
+    """o_BSHV = softmax(q k^T / sqrt(K)) v by torch's scaled_dot_product_attention.
+
+    Of the weights a share `dropout` is set to 0, the rest divided by 1 - dropout.
+    """
+    queries, keys = q_BSHK.shape[1], k_BTGK.shape[1]
     mask_ST = None
     if causal and 1 < queries < keys:  # is_causal=True would align the corner of position 0 instead
         mask_ST = causal_mask(queries, keys, q_BSHK.device)
-    o_BHSK = F.scaled_dot_product_attention(
+    o_BHSV = F.scaled_dot_product_attention(
         q_BSHK.transpose(1, 2),
-        k_BTHK.transpose(1, 2),
-        v_BTHK.transpose(1, 2),
+        k_BTGK.transpose(1, 2),
+        v_BTGV.transpose(1, 2),
         attn_mask=mask_ST,
+        dropout_p=dropout,
         is_causal=causal and queries == keys > 1,
+        enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
     )
-    return o_BHSK.transpose(1, 2)
+    return o_BHSV.transpose(1, 2)
 
 
 def load_xformers(device: torch.device) -> Any:
@@ -76,21 +92,22 @@ def load_xformers(device: torch.device) -> Any:
     return xops
 
 
-def xformers_attn(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+def xformers_attn(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, causal: bool) -> Tensor:
     """As `torch_attn`, by xformers. Raises ValueError where there is no xformers or no GPU."""
     xops = load_xformers(q_BSHK.device)
-    queries, keys = q_BSHK.shape[1], k_BTHK.shape[1]
+    queries, keys, heads = q_BSHK.shape[1], k_BTGK.shape[1], q_BSHK.shape[2]
+    k_BTHK, v_BTHV = share_heads(k_BTGK, heads), share_heads(v_BTGV, heads)
     bias = None
     if causal and queries == keys > 1:
         bias = xops.LowerTriangularMask()
     elif causal and queries > 1:
         bias = xops.fmha.attn_bias.LowerTriangularFromBottomRightMask()
-    return xops.memory_efficient_attention(q_BSHK, k_BTHK, v_BTHK, attn_bias=bias)
+    return xops.memory_efficient_attention(q_BSHK, k_BTHK, v_BTHV, attn_bias=bias)
 
 
-def xformers_attn_variable_length(q_BSHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, *, causal: bool) -> Tensor:
+def xformers_attn_variable_length(q_BSHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, causal: bool) -> Tensor:
     """As `xformers_attn`, with contiguous output whatever strides the kernel chose for this length."""
-    return xformers_attn(q_BSHK, k_BTHK, v_BTHK, causal=causal).contiguous()
+    return xformers_attn(q_BSHK, k_BTGK, v_BTGV, causal=causal).contiguous()
 
 
 # --attn-activation: what stands where softmax stood, on scores of shape (…, T)
@@ -114,14 +131,15 @@ SEQUENCE_SCALARS: dict[str, Callable[[int], float]] = {
 
 def custom_attn(
     q_BSHK: Tensor,
-    k_BTHK: Tensor,
-    v_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
     *,
     causal: bool,
     activation: str = "softmax",
     scale: float = 1.0,
 ) -> Tensor:
-    """o_BSHK = scale * activation(q k^T / sqrt(K)) v, weights in fp32 (arXiv:2309.08586: scale 1/L)."""
+    """o_BSHV = scale * activation(q k^T / sqrt(K)) v, weights in fp32 (arXiv:2309.08586: scale 1/L)."""
+    k_BTHK, v_BTHV = (share_heads(x, q_BSHK.shape[2]) for x in (k_BTGK, v_BTGV))
     score_BHST = torch.einsum("bshk,bthk->bhst", q_BSHK * q_BSHK.shape[-1] ** -0.5, k_BTHK).float()
     if not causal:
         weight_BHST = ACTIVATIONS[activation](score_BHST)
@@ -130,10 +148,10 @@ def custom_attn(
         score_BHST = score_BHST.masked_fill(~mask_ST, torch.finfo(score_BHST.dtype).min)
         # Every other activation is 0 at the least score; `identity` is not, and the future must not leak.
         weight_BHST = ACTIVATIONS[activation](score_BHST).masked_fill(~mask_ST, 0)
-    return torch.einsum("bhst,bthk->bshk", (scale * weight_BHST).to(v_BTHK.dtype), v_BTHK)
+    return torch.einsum("bhst,bthv->bshv", (scale * weight_BHST).to(v_BTHV.dtype), v_BTHV)
 
 
-# --attn-name → fn(q_BSHK, k_BTHK, v_BTHK, *, causal) → o_BSHK
+# --attn-name → fn(q_BSHK, k_BTGK, v_BTGV, *, causal) → o_BSHV; torch's takes `dropout` too
 ATTENTIONS: dict[str, Attend] = {
     "auto": torch_attn,
     "torch_attn": torch_attn,
@@ -165,19 +183,25 @@ def make_attention(config: ModelConfig) -> Attend:
 
 
 class Attention(nn.Module):
-    """Self-attention with one query-key-value projection; H * K may be less than D (head width D // H)."""
+    """Self-attention with one query-key-value projection; H * K may be another width than D."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.n_heads * config.head_dim
-        self.heads = (config.n_heads, config.head_dim)
-        self.in_proj = nn.Linear(config.dim, 3 * width, bias=False)
-        self.out_proj = nn.Linear(width, config.dim, bias=False)
-        norm = NORMS[config.model_norm]
-        self.q_norm = norm(width, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = norm(width, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.head_dim = config.head_dim
+        self.widths = [
+            heads * config.head_dim for heads in (config.n_heads, config.kv_heads, config.kv_heads)
+        ]
+        self.in_proj = nn.Linear(config.dim, sum(self.widths), bias=config.attn_bias)
+        self.out_proj = nn.Linear(self.widths[0], config.dim, bias=config.attn_bias)
+        norm, per_head = NORMS[config.model_norm], config.qk_norm_per_head
+        q_width, k_width = (config.head_dim, config.head_dim) if per_head else self.widths[:2]
+        normed = config.qk_norm or per_head
+        self.per_head = per_head
+        self.q_norm = norm(q_width, config.norm_eps) if normed else nn.Identity()
+        self.k_norm = norm(k_width, config.norm_eps) if normed else nn.Identity()
         self.position = make_position(config)
         self.attend = make_attention(config)
+        self.dropout = {"dropout": config.attn_dropout} if config.attn_dropout else {}
 
     def position_table(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Table:
         """What `forward` turns queries and keys by; the same for all layers."""
@@ -189,12 +213,19 @@ class Attention(nn.Module):
         `table` spares making the `position_table` anew.
         """
         table = table or self.position_table(x_BSD, cache)
-        q, k, v = self.in_proj(x_BSD).chunk(3, dim=-1)
-        q_BSHK, k_BSHK = self.q_norm(q).unflatten(-1, self.heads), self.k_norm(k).unflatten(-1, self.heads)
-        v_BSHK = v.unflatten(-1, self.heads)
-        q_BSHK, k_BSHK = self.position(q_BSHK, k_BSHK, table)
+        q, k, v = self.in_proj(x_BSD).split(self.widths, dim=-1)
+        q_BSHK, k_BSGK = self.normed_heads(q, self.q_norm), self.normed_heads(k, self.k_norm)
+        v_BSGK = v.unflatten(-1, (-1, self.head_dim))
+        q_BSHK, k_BSGK = self.position(q_BSHK, k_BSGK, table)
         # A norm may have gone up to fp32 under autocast; attention wants one dtype.
-        q_BSHK, k_BTHK, v_BTHK = q_BSHK.to(v.dtype), k_BSHK.to(v.dtype), v_BSHK
+        q_BSHK, k_BTGK, v_BTGK = q_BSHK.to(v.dtype), k_BSGK.to(v.dtype), v_BSGK
         if cache is not None:
-            k_BTHK, v_BTHK = cache.extend_(k_BTHK, v_BTHK)
-        return self.out_proj(self.attend(q_BSHK, k_BTHK, v_BTHK, causal=True).flatten(2))
+            k_BTGK, v_BTGK = cache.extend_(k_BTGK, v_BTGK)
+        dropout = self.dropout if self.training else {}
+        return self.out_proj(self.attend(q_BSHK, k_BTGK, v_BTGK, causal=True, **dropout).flatten(2))
+
+    def normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """(B, S, heads * K) → (B, S, heads, K), each head normalised, or before the cut all together."""
+        if self.per_head:
+            return norm(x.unflatten(-1, (-1, self.head_dim)))
+        return norm(x).unflatten(-1, (-1, self.head_dim))

@@ -2,8 +2,9 @@
 
 d: model width, h: hidden width of an FFN or expert, l: layer, counted from 0.
 
-    tok_embeddings, output                        normal, std 1/sqrt(d), truncated at 3 std
-    attention.in_proj                             "  1/sqrt(d)
+    tok_embeddings, pos_embeddings, output        normal, std 1/sqrt(d), truncated at 3 std
+    attention.in_proj, q_proj, q_a_proj, kv_a_proj  "  1/sqrt(d)
+    attention.q_b_proj, kv_b_proj, of rank r      "  1/sqrt(r)
     attention.out_proj                            "  1/sqrt(2 d (l+1)), less with depth (arXiv:1908.11365)
     feed_forward, into h (w12, 0, gate_proj …)    "  1/sqrt(d)
     feed_forward, out of h (w3, 2, down_proj)     "  1/sqrt(2 h (l+1))
@@ -11,6 +12,10 @@ d: model width, h: hidden width of an FFN or expert, l: layer, counted from 0.
     experts with --moe-init scaled                as the dense FFN's
     norms' gains                                  1
     all biases                                    0 (open_lm left gemma_geglu's at nn.Linear's default)
+
+With --init-std s every weight above but the gains is normal with std s, not truncated: embeddings, routers and
+experts too. With --init-scaled-outputs attention.out_proj, the FFNs' w3, 2, down_proj and the experts' w2 have
+s / sqrt(2 L) in a model of L layers, not less with depth (GPT-2, Megatron).
 """
 
 import hashlib
@@ -22,7 +27,7 @@ from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
 
-Fill = Callable[[Tensor, torch.Generator, int, int, int], None]
+Fill = Callable[[Tensor, torch.Generator, int, int, int], object]
 
 MEGABLOCKS_STD = 0.02
 
@@ -33,6 +38,10 @@ def _truncated_(x: Tensor, std: float, stream: torch.Generator) -> None:
 
 def _into(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
     _truncated_(x, d**-0.5, stream)
+
+
+def _out_of_latent(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
+    _truncated_(x, h**-0.5, stream)
 
 
 def _out_of_attention(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> None:
@@ -57,8 +66,9 @@ def _zeros(x: Tensor, stream: torch.Generator, d: int, h: int, layer: int) -> No
 
 # Pattern of the whole name → how it is filled; the first match counts.
 DENSE: tuple[tuple[str, Fill], ...] = (
-    (r"(tok_embeddings|output)\.weight", _into),
-    (r".*\.attention\.in_proj\.weight", _into),
+    (r"(tok_embeddings|pos_embeddings|output)\.weight", _into),
+    (r".*\.attention\.(in_proj|q_proj|q_a_proj|kv_a_proj)\.weight", _into),
+    (r".*\.attention\.(q_b_proj|kv_b_proj)\.weight", _out_of_latent),
     (r".*\.attention\.out_proj\.weight", _out_of_attention),
     (r".*\.feed_forward\.(w12|0|gate_proj|up_proj)\.weight", _into),
     (r".*\.feed_forward\.(w3|2|down_proj)\.weight", _out_of_ffn),
@@ -70,6 +80,8 @@ EXPERTS: dict[str, tuple[tuple[str, Fill], ...]] = {
     "open_lm": ((r".*\.experts\.mlp\.(w1|v1|w2)", _megablocks),),
     "scaled": ((r".*\.experts\.mlp\.(w1|v1)", _into), (r".*\.experts\.mlp\.w2", _out_of_ffn)),
 }
+# Projections back to the model's width, for --init-scaled-outputs
+OUTPUTS = r".*\.(out_proj|feed_forward\.(w3|2|down_proj))\.weight|.*\.experts\.mlp\.w2"
 
 
 @torch.no_grad()
@@ -94,6 +106,13 @@ def initialize_(module: nn.Module, config: ModelConfig, seed: int, prefix: str =
         parameter.copy_(drawn)
 
 
+def _plain(name: str, config: ModelConfig, std: float) -> Fill:
+    """--init-std for one weight."""
+    if config.init_scaled_outputs and re.fullmatch(OUTPUTS, name):
+        std *= (2 * config.n_layers) ** -0.5
+    return lambda x, stream, d, h, layer: x.normal_(0.0, std, generator=stream)
+
+
 def make_stream(seed: int, name: str, device: torch.device) -> torch.Generator:
     """A generator that depends on (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -103,5 +122,6 @@ def make_stream(seed: int, name: str, device: torch.device) -> torch.Generator:
 def _find(name: str, config: ModelConfig) -> Fill:
     for pattern, fill in (*EXPERTS[config.moe.init], *DENSE):
         if re.fullmatch(pattern, name):
-            return fill
+            drawn = fill not in (_ones, _zeros)
+            return _plain(name, config, config.init_std) if drawn and config.init_std is not None else fill
     raise ValueError(f"no rule to initialise {name}: add a row to the tables of open_lm/nn/init.py")

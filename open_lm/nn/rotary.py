@@ -1,6 +1,6 @@
 """Rotary position embeddings (RoFormer, arXiv:2104.09864): no parameters, no buffers.
 
-Shapes: B batch, S sequence, H heads, K head width; J = K / 2 rotation planes.
+Shapes: B batch, S sequence, H heads, K rotated width of a head; J = K / 2 rotation planes.
 A table of cosines and sines is made once in every forward pass, for all layers: nothing has to survive
 meta-device construction, casts of the model, or moves between devices.
 """
@@ -11,19 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
-
-THETA = 1e4
+from open_lm.nn.rope_scaling import SCALINGS
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 Table = tuple[Tensor, Tensor] | None  # cosines and sines, which broadcast to (S, H, J)
 
 
-def rotation(position_P: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    """cos_PJ and sin_PJ of the angles position * THETA**(-2j / K), fp32 always."""
-    plane_J = torch.arange(0, head_dim, 2, device=position_P.device, dtype=torch.float32)
+def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+    """frequency_J = theta**(-2j / K) after --rope-scaling, in radians per position and fp32, and what cosines and
+    sines are multiplied by."""
+    plane_J = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32)
+    return SCALINGS[config.rope_scaling](1 / config.rope_theta ** (plane_J / config.rotary_dim), config)
+
+
+def rotation(position_P: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos_PJ and sin_PJ of the angles position * frequency, fp32 always."""
+    frequency_J, factor = frequencies(config, position_P.device)
     # In half precision neighbouring positions above 256 would have one angle.
-    angle_PJ = position_P.float()[:, None] * (1 / THETA ** (plane_J / head_dim))
-    return angle_PJ.cos(), angle_PJ.sin()
+    angle_PJ = position_P.float()[:, None] * frequency_J
+    return angle_PJ.cos() * factor, angle_PJ.sin() * factor
 
 
 def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -41,14 +47,14 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Rotary(nn.Module):
     """Rotates queries and keys by their positions, so that their product depends on the distance."""
 
-    def __init__(self, head_dim: int, rotate: Rotate) -> None:
+    def __init__(self, config: ModelConfig, rotate: Rotate) -> None:
         super().__init__()
-        self.head_dim = head_dim
+        self.config = config
         self.rotate = rotate
 
     def table(self, offset: int, tokens: int, device: torch.device) -> Table:
         """For queries and keys of which the first stands at position `offset`."""
-        cos_SJ, sin_SJ = rotation(torch.arange(offset, offset + tokens, device=device), self.head_dim)
+        cos_SJ, sin_SJ = rotation(torch.arange(offset, offset + tokens, device=device), self.config)
         return cos_SJ[:, None], sin_SJ[:, None]
 
     def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
@@ -62,13 +68,12 @@ class HeadRotary(nn.Module):
     Head h is rotated by h at every position, so it carries no position; kept because models were trained so.
     """
 
-    def __init__(self, n_heads: int, head_dim: int) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.n_heads = n_heads
-        self.head_dim = head_dim
+        self.config = config
 
     def table(self, offset: int, tokens: int, device: torch.device) -> Table:
-        return rotation(torch.arange(self.n_heads, device=device), self.head_dim)
+        return rotation(torch.arange(self.config.n_heads, device=device), self.config)
 
     def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         assert table is not None
@@ -76,7 +81,7 @@ class HeadRotary(nn.Module):
 
 
 class NoPosition(nn.Module):
-    """Leaves queries and keys as they are: order is known from the causal mask alone."""
+    """Leaves queries and keys as they are: order is known from the causal mask or learned positions."""
 
     def table(self, offset: int, tokens: int, device: torch.device) -> Table:
         return None
@@ -87,15 +92,16 @@ class NoPosition(nn.Module):
 
 Position = Rotary | HeadRotary | NoPosition
 
-# --positional-embedding-type → (heads, head width K) → module
-POSITIONS: dict[str, Callable[[int, int], Position]] = {
-    "rotary": lambda n_heads, head_dim: Rotary(head_dim, rotate_halves),
-    "llama_rotary": lambda n_heads, head_dim: Rotary(head_dim, rotate_pairs),
+# --positional-embedding-type → config → module; learned positions are in the Transformer's embedding
+POSITIONS: dict[str, Callable[[ModelConfig], Position]] = {
+    "rotary": lambda config: Rotary(config, rotate_halves),
+    "llama_rotary": lambda config: Rotary(config, rotate_pairs),
     "head_rotary": HeadRotary,
-    "none": lambda n_heads, head_dim: NoPosition(),
+    "learned": lambda config: NoPosition(),
+    "none": lambda config: NoPosition(),
 }
 
 
 def make_position(config: ModelConfig) -> Position:
     """The module of --positional-embedding-type: (q_BSHK, k_BSHK, its table) → (q_BSHK, k_BSHK)."""
-    return POSITIONS[config.positional_embedding_type](config.n_heads, config.head_dim)
+    return POSITIONS[config.positional_embedding_type](config)

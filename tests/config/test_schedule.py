@@ -38,6 +38,13 @@ def test_interval_shorter_than_a_batch() -> None:
         plan_steps(DataConfig(train_num_samples=100), OptimConfig(), 8, 16)
 
 
+def test_a_cooldown_that_would_begin_before_the_run() -> None:
+    optim = OptimConfig(lr_scheduler="const-cooldown", epochs=4, epochs_cooldown=2, lr_decay_steps=9)
+    with pytest.raises(ValueError, match="--epochs-cooldown 2 is 10 steps > --lr-decay-steps 9"):
+        plan_steps(DataConfig(train_num_samples=640), optim, 8, 16)
+    assert plan_steps(DataConfig(train_num_samples=512), optim, 8, 16).total_steps == 16
+
+
 @given(batch=st.integers(1, 1000), extra=st.integers(0, 5000), intervals=st.integers(1, 30))
 def test_intervals_cover_the_run(batch: int, extra: int, intervals: int) -> None:
     schedule = Schedule(batch, batch + extra, intervals)

@@ -1,5 +1,7 @@
 """FFNs against their formulas with plain matrices; shapes from open_lm's model table."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ SHAPES = {
     "swiglu": SWIGLU,
     "swiglu_torch": SWIGLU,
     "gelu": {"0.weight": (1952, 488), "2.weight": (488, 1952)},
+    "gelu_tanh": {"0.weight": (1952, 488), "2.weight": (488, 1952)},
     "gemma_geglu": {
         "gate_proj.weight": (1536, 488),
         "gate_proj.bias": (1536,),
@@ -25,6 +28,10 @@ SHAPES = {
 
 def gelu(x):
     return x * 0.5 * (1 + torch.erf(x / 2**0.5))
+
+
+def gelu_tanh(x):
+    return x * 0.5 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
 
 
 def swiglu(x, p):
@@ -42,6 +49,7 @@ FORMULAS = {
     "swiglu": swiglu,
     "swiglu_torch": swiglu,
     "gelu": lambda x, p: gelu(x @ p["0.weight"].T) @ p["2.weight"].T,
+    "gelu_tanh": lambda x, p: gelu_tanh(x @ p["0.weight"].T) @ p["2.weight"].T,
     "gemma_geglu": geglu,
 }
 
@@ -54,3 +62,19 @@ def test_formula(name):
     assert {n: tuple(p.shape) for n, p in parameters.items()} == SHAPES[name]
     x = torch.randn(3, 488, dtype=torch.float64)
     torch.testing.assert_close(ffn(x), FORMULAS[name](x, parameters))
+
+
+@pytest.mark.parametrize("name", FFNS)
+def test_width_and_biases_of_its_own(name):
+    """Zero weights leave what the last bias says; every width is the model's."""
+    ffn = FFNS[name](replace(CONFIG, ffn_hidden_dim=40, ffn_bias=True))
+    shapes = {n: tuple(p.shape) for n, p in ffn.named_parameters()}
+    into, out = (
+        ("w12", "w3") if "swiglu" in name else ("0", "2") if "gelu" in name else ("up_proj", "down_proj")
+    )
+    assert shapes[f"{into}.weight"] == ((80 if "swiglu" in name else 40), 488)
+    assert shapes[f"{out}.weight"] == (488, 40)
+    for parameter in ffn.parameters():
+        torch.nn.init.zeros_(parameter)
+    bias = torch.nn.init.normal_(ffn.get_parameter(f"{out}.bias"))
+    assert torch.equal(ffn(torch.randn(3, 488)), bias.expand(3, -1))

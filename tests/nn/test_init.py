@@ -75,6 +75,51 @@ def test_scaled_experts():
         check_truncated(parameters[prefix + "w2"], (2 * 192 * (layer + 1)) ** -0.5)
 
 
+LATENT = {
+    "kv_lora_rank": 96,
+    "qk_nope_head_dim": 48,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 40,
+    "q_lora_rank": 64,
+}
+
+
+def test_latent_attention_and_learned_positions():
+    config = replace(
+        DENSE, qk_norm=False, seq_len=64, positional_embedding_type="learned", attn_bias=True, **LATENT
+    )
+    parameters = fill(config)
+    check_truncated(parameters["pos_embeddings.weight"], D**-0.5)
+    here = "layers.2.attention."
+    for name, fan_in in (("q_a_proj", D), ("q_b_proj", 64), ("kv_a_proj", D), ("kv_b_proj", 96)):
+        check_truncated(parameters[f"{here}{name}.weight"], fan_in**-0.5)
+    check_truncated(parameters[here + "out_proj.weight"], (2 * D * 3) ** -0.5)
+    assert (parameters[here + "kv_a_norm.weight"] == 1).all()
+    assert (parameters[here + "kv_a_proj.bias"] == 0).all()
+    check_truncated(fill(replace(config, q_lora_rank=None))[here + "q_proj.weight"], D**-0.5)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    "config", [DENSE, SPARSE, replace(DENSE, qk_norm=False, **LATENT)], ids=["dense", "moe", "latent"]
+)
+def test_one_std_for_all(config, scaled):
+    """Routers, experts and embeddings too; outputs less by sqrt(2 * 3 layers) where it is asked for."""
+    config = replace(config, init_std=0.1, init_scaled_outputs=scaled, attn_bias=True, ffn_bias=True)
+    outputs = 0
+    for name, x in fill(config).items():
+        if x.ndim == 1:
+            assert (x == (0 if name.endswith("bias") else 1)).all(), name
+            continue
+        is_output = name.endswith(("out_proj.weight", "w3.weight", "mlp.w2"))
+        outputs += is_output
+        std = 0.1 / 6**0.5 if scaled and is_output else 0.1
+        assert x.std().item() == pytest.approx(std, rel=5 / (2 * x.numel()) ** 0.5), name
+        if x.numel() > 10_000:
+            assert x.abs().max() > 3.2 * std, name  # not truncated
+    assert outputs == 6
+
+
 @pytest.mark.parametrize("weight_tying", [False, True])
 def test_same_numbers_in_any_order_of_materialisation(weight_tying):
     config = replace(SPARSE, weight_tying=weight_tying)

@@ -24,6 +24,18 @@ SPARSE = replace(DENSE, moe=MoEConfig(freq=2, num_experts=4, top_k=2, capacity_f
 MODELS = {
     "dense": DENSE,
     "moe": SPARSE,
+    "latent": replace(
+        DENSE, kv_lora_rank=6, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=10, q_lora_rank=7
+    ),
+    "gpt": replace(
+        DENSE,
+        positional_embedding_type="learned",
+        attn_bias=True,
+        ffn_bias=True,
+        ffn_type="gelu_tanh",
+        weight_tying=True,
+        n_kv_heads=1,
+    ),
     "tied": replace(SPARSE, weight_tying=True, model_norm="gain_only_layer_norm", qk_norm=True),
 }
 PLAIN, FSDP = DistributedConfig(), DistributedConfig(fsdp=True)
