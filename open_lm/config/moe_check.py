@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from open_lm.config.moe import SELF_BALANCED, MoEConfig
 from open_lm.config.moe_layers import check_placement, flag
@@ -12,6 +12,7 @@ from open_lm.config.moe_types import check_types
 EXPERTS_CHOOSE = ("expert_choice", "expert_choice_causal")
 # Routers that remove choices of a small weight, and whose weights sum to one.
 REMOVING = ("threshold", "coordinate_descent")
+OF_CAPACITY = ("drop_policy", "pad_to_capacity", "min_capacity", "capacity_per", "capacity_rounding")
 POSITIVE = ("num_groups", "top_groups", "weight_scale", "threshold", "eval_threshold", "hidden_dim",
             "dim")  # fmt: skip
 NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor", "min_capacity", "bias_rate",
@@ -86,6 +87,14 @@ def _check_experts(moe: MoEConfig, experts: int) -> None:
 
 def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
     """Refuses numbers that nothing would read."""
+    for name, needed in _idle(moe).items():
+        value, default = getattr(moe, name), getattr(MoEConfig, name)
+        if value != default or f"moe_{name}" in given:
+            raise ValueError(f"{flag(name)} {value} needs {needed}: add it, or drop {flag(name)}")
+
+
+def _idle(moe: MoEConfig) -> dict[str, str]:
+    """The fields that nothing reads, by name, and what would."""
     needs = {
         "threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
         "eval_threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
@@ -93,10 +102,21 @@ def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
         "top_groups": ("--moe-num-groups", moe.num_groups > 1),
         "loss_weight": ("a loss in --moe-balance", bool(set(moe.balances) - {"bias"})),
     }
-    for name, (needed, there) in needs.items():
-        value, default = getattr(moe, name), getattr(MoEConfig, name)
-        if not there and (value != default or f"moe_{name}" in given):
-            raise ValueError(f"{flag(name)} {value} needs {needed}: add it, or drop {flag(name)}")
+    return {name: needed for name, (needed, there) in needs.items() if not there}
+
+
+def without_idle(moe: MoEConfig, given: Collection[str]) -> MoEConfig:
+    """`moe` with defaults for what nothing reads: a checkpoint's loss weight where a flag has switched the loss off.
+
+    What is `given` stays, so that `check_moe` refuses it.
+    """
+    idle = {*_idle(moe), *(OF_CAPACITY if dropless(moe) else ())}
+    return replace(moe, **{name: getattr(MoEConfig, name) for name in idle if f"moe_{name}" not in given})
+
+
+def dropless(moe: MoEConfig) -> bool:
+    """Whether nothing is dropped, in training and evaluation."""
+    return not moe.capacity_factor and not moe.eval_capacity_factor
 
 
 def _check_scores(moe: MoEConfig) -> None:
@@ -141,8 +161,8 @@ def _check_scores(moe: MoEConfig) -> None:
         raise ValueError("--moe-normalize-weights and --moe-normalize-after-drops are both given: use one")
     if moe.normalize_after_drops and moe.weight_scale != 1:
         raise ValueError(
-            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which rescales the weights to "
-            "sum to one after that: drop one, or use --moe-normalize-weights"
+            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which rescales the weights "
+            "to sum to one after that: drop one, or use --moe-normalize-weights"
         )
     if moe.router == "hash":
         for name in ("jitter", "z_loss_weight", "straight_through"):
@@ -195,11 +215,9 @@ def _check_balance(moe: MoEConfig) -> None:
 
 
 def _check_capacity(moe: MoEConfig) -> None:
-    dropless = not moe.capacity_factor and not moe.eval_capacity_factor
-    for name, default in (("drop_policy", "position"), ("pad_to_capacity", False), ("min_capacity", 0),
-                          ("capacity_per", "batch"), ("capacity_rounding", "down")):  # fmt: skip
+    for name in OF_CAPACITY:
         value = getattr(moe, name)
-        if dropless and value != default:
+        if dropless(moe) and value != getattr(MoEConfig, name):
             raise ValueError(
                 f"{flag(name)} {value} with --moe-capacity-factor 0 (dropless): there is no capacity; drop one"
             )
@@ -207,8 +225,8 @@ def _check_capacity(moe: MoEConfig) -> None:
         for name in ("capacity_factor", "eval_capacity_factor"):
             if getattr(moe, name) == 0:
                 raise ValueError(
-                    f"{flag(name)} 0 with --moe-router {moe.router}: each expert takes factor * k * T / E tokens, it "
-                    f"cannot take none; give {flag(name)} (Zhou et al.: k * factor = 2)"
+                    f"{flag(name)} 0 with --moe-router {moe.router}: each expert takes factor * k * T / E "
+                    f"tokens, it cannot take none; give {flag(name)} (Zhou et al.: k * factor = 2)"
                 )
         if moe.drop_policy != "position":
             raise ValueError(

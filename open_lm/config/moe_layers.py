@@ -15,8 +15,6 @@ def check_placement(moe: MoEConfig, given: Collection[str], n_layers: int) -> bo
     ways = {"--moe-freq": moe.freq != 0, "--moe-layers": moe.layers is not None,
             "--moe-layer-pattern": moe.layer_pattern is not None}  # fmt: skip
     chosen = [name for name, on in ways.items() if on]
-    if moe.freq < 0:
-        raise ValueError(f"--moe-freq {moe.freq}: expected 0 (dense) or more")
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} are both given: use one to say which layers are MoE")
     if not chosen:
@@ -101,8 +99,9 @@ def read_pattern(text: str) -> list[int]:
             return pattern
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
+    shown = text if len(text) <= 100 else text[:100] + "…"
     raise ValueError(
-        f'--moe-layer-pattern {text}: expected a list of 0 and 1 as Megatron writes it, such as "[0]*3+[1]*24"'
+        f'--moe-layer-pattern {shown}: expected a list of 0 and 1 as Megatron writes it, such as "[0]*3+[1]*24"'
     )
 
 

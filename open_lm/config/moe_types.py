@@ -16,7 +16,7 @@ def check_types(moe: MoEConfig) -> None:
             continue
         known = names_in(hint)
         wrong = [v for v in value if v not in known] if isinstance(value, tuple) else [value]
-        nearest = difflib.get_close_matches(str(wrong[0]), known, n=1)
+        nearest = [] if wrong[0] in known else difflib.get_close_matches(str(wrong[0]), known, n=1)
         raise ValueError(
             f"{flag(name)} {wrong[0]!r}: expected {describe(hint)}"
             + (f"; did you mean {nearest[0]}?" if nearest else "")
