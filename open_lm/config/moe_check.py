@@ -106,7 +106,7 @@ def _idle(moe: MoEConfig) -> dict[str, str]:
 
 
 def without_idle(moe: MoEConfig, given: Collection[str]) -> MoEConfig:
-    """`moe` with defaults for what nothing reads: a checkpoint's loss weight where a flag has switched the loss off.
+    """`moe` with defaults for what nothing reads: a checkpoint's loss weight where a flag switches the loss off.
 
     What is `given` stays, so that `check_moe` refuses it.
     """
@@ -159,10 +159,15 @@ def _check_scores(moe: MoEConfig) -> None:
                 )
     if moe.normalize_after_drops and moe.normalize_weights:
         raise ValueError("--moe-normalize-weights and --moe-normalize-after-drops are both given: use one")
+    if moe.noise != "none" and "bias" in moe.balances:
+        raise ValueError(
+            f"--moe-noise {moe.noise} with --moe-balance bias: noise selects by logits, the bias is a shift of "
+            "scores; use another method of --moe-balance, or no noise"
+        )
     if moe.normalize_after_drops and moe.weight_scale != 1:
         raise ValueError(
-            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which rescales the weights "
-            "to sum to one after that: drop one, or use --moe-normalize-weights"
+            f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which makes the weights sum "
+            "to one whatever their scale: drop one"
         )
     if moe.router == "hash":
         for name in ("jitter", "z_loss_weight", "straight_through"):
@@ -196,11 +201,6 @@ def _check_balance(moe: MoEConfig) -> None:
         raise ValueError(
             "--moe-balance bias with --moe-score-order after: the bias is added to scores before the selection; "
             "use --moe-score-order before"
-        )
-    if "bias" in names and moe.noise != "none":
-        raise ValueError(
-            f"--moe-balance bias with --moe-noise {moe.noise}: noise selects by the logits, the bias belongs to "
-            "the scores and would do nothing in training; drop one"
         )
     losses = [name for name in moe.balances if name != "bias"]
     weights = moe.loss_weight if isinstance(moe.loss_weight, tuple) else (moe.loss_weight,) * len(losses)

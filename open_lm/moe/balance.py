@@ -19,7 +19,7 @@ class Choices(NamedTuple):
     probability_TE: Tensor
     """float32: each token's probabilities, with gradient; zeros for padding."""
     choice_TK: Tensor
-    """int64: each token's experts, best first, before bias, noise and drops."""
+    """int64: each token's experts, best first, before bias, groups and drops."""
     count_E: Tensor
     """float32: how often each expert is in choice_TK."""
     real_T: Tensor | None
@@ -72,14 +72,17 @@ def sequence(choices: Choices) -> Tensor:
 def importance(choices: Choices) -> Tensor:
     """(CV²(importance) + CV²(load)) / 2: squared coefficients of variation over experts, 0 when even.
 
-    Importance is a sum of probabilities. Load is smooth: the chance that a token would choose the expert if its
-    score had noise of standard deviation 1/E. Source: Shazeer et al. (1701.06538), section 4 and appendix A,
-    averaged as in Tutel.
+    Importance is a sum of probabilities. Load is smooth: the chance that noise of standard deviation 1/E on an
+    expert's logit lifts it over the lowest logit that the token chose. Sources: Shazeer et al. (1701.06538),
+    section 4; the load with this threshold and noise, and the mean of the two: V-MoE (2106.05974), appendix A.
+    Tutel's has the same form, but compares probabilities with logits.
     """
     p_TE = choices.probability_TE
     E = p_TE.shape[1]
-    last_T1 = p_TE.gather(1, choices.choice_TK).min(dim=-1, keepdim=True).values
-    chance_TE = torch.special.ndtr((p_TE - last_T1) * E)
+    # differences of log-probabilities are those of logits; padding has probability 0
+    log_TE = p_TE.clamp(min=torch.finfo(p_TE.dtype).tiny).log()
+    last_T1 = log_TE.gather(1, choices.choice_TK).min(dim=-1, keepdim=True).values
+    chance_TE = torch.special.ndtr((log_TE - last_T1) * E)
     if choices.real_T is not None:
         chance_TE = chance_TE * choices.real_T[:, None]
     return (_cv_squared(p_TE.sum(dim=0)) + _cv_squared(chance_TE.sum(dim=0))) / 2
@@ -122,6 +125,7 @@ def update_bias_(bias_E: Tensor, count_E: Tensor, rate: float | Tensor) -> None:
     `count_E` is of a whole optimizer step, over all ranks and micro-batches; with a rate of 0 nothing changes.
     Source: DeepSeek-V3 (2412.19437), section 2.1.2; Wang et al. (2408.15664).
     """
+    count_E = count_E.to(torch.promote_types(count_E.dtype, torch.float32))
     step_E = (count_E.mean() - count_E).sign().to(bias_E.dtype) * rate
     bias_E.add_(step_E - step_E.mean())
 

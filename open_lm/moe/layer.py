@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from open_lm.config.moe import MoEConfig
 from open_lm.config.moe_check import check_moe
-from open_lm.moe.capacity import capacity, drop, pad_to_capacity
+from open_lm.moe.capacity import capacity, drop, fullest, pad_to_capacity
 from open_lm.moe.experts import Experts
 from open_lm.moe.mixing import Mixing
 from open_lm.moe.router import Router
@@ -69,7 +69,7 @@ class MoE(nn.Module):
             # 1 forward; backward, the weight's gradient (ST-MoE)
             kept = kept._replace(input_weight_R=1 + kept.weight_R - kept.weight_R.detach())
         if config.pad_to_capacity and context.capacity:
-            kept = pad_to_capacity(kept, context.capacity * self.groups(context))
+            kept = pad_to_capacity(kept, fullest(context, config) * self.groups(context))
         y_TD = self.experts(x_TD, kept)
 
         return self.mixing(x_TD, y_TD).view_as(x), stats

@@ -26,7 +26,7 @@ class Routing(NamedTuple):
     probability_TE: Tensor | None = None
     # float32, sums to one per token: what the balancing losses act on; None: the softmax of the logits
     choice_TK: Tensor | None = None
-    # int64: the experts of the K largest unbiased, noiseless scores, best first: what those losses count;
+    # int64: the experts that a token chooses, best first, before bias, groups and drops: what those losses count;
     # None: the rows themselves, as far as they are in no order of preference
     input_weight_R: Tensor | None = None  # float32: multiplies each row's input; None: ones
 

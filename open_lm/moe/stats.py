@@ -25,7 +25,7 @@ class RouterStats(NamedTuple):
     balance_loss: Tensor  # scalar: `balance.switch_loss`, whatever --moe-balance is: for people
     z_loss: Tensor  # scalar: `balance.router_z_loss`
     count_E: Tensor  # assignments to each expert before anything was dropped
-    choice_count_E: Tensor  # the same by the router's scores alone, without bias, noise and groups
+    choice_count_E: Tensor  # the same by the router's scores alone, without bias and groups
     probability_E: Tensor  # sums over tokens of the router's probabilities
     dropped: Tensor  # scalar: assignments dropped
     entropy_sum: Tensor  # scalar, nats: sum over tokens of -sum_e p log p of the router's probabilities
@@ -70,12 +70,7 @@ def measure(routed: Routing, kept: Routing, config: MoEConfig, context: Context)
 
 def _by_score_alone(config: MoEConfig, context: Context) -> bool:
     """Whether a token goes to just the experts that it scores highest, so that these need no second count."""
-    return (
-        config.router == "top_k"
-        and context.bias_E is None
-        and config.noise == "none"
-        and config.num_groups == 1
-    )
+    return config.router == "top_k" and context.bias_E is None and config.num_groups == 1
 
 
 def router_loss(

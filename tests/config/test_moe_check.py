@@ -1,10 +1,12 @@
 """The mixture's flags: every refusal with its sentence, the command line, files, checkpoints, later tokens."""
 
 import ast
+import inspect
 import json
 import shlex
 import traceback
 from dataclasses import asdict, fields
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -78,18 +80,18 @@ REFUSED: list[tuple[dict, str]] = [
         {"router": "uniform", "balance": ("aux", "global")},
         "--moe-balance aux global with --moe-router uniform, whose loads do not follow",
     ),
-    ({"router": "threshold", "balance": ("bias",)}, "--moe-balance bias with --moe-router threshold: the bias acts"),
+    ({"router": "threshold", "balance": ("bias",)}, "--moe-balance bias with --moe-router threshold: the bias"),
     ({"balance": ("bias",), "score_order": "after"}, "--moe-balance bias with --moe-score-order after: the bias"),
-    ({"balance": ("bias",), "noise": "rsample"}, "--moe-balance bias with --moe-noise rsample: noise selects by"),
+    ({"balance": ("bias",), "noise": "rsample"}, "--moe-noise rsample with --moe-balance bias: noise"),
     (
         {"balance": ("sequence", "bias"), "loss_weight": (0.1, 0.2)},
-        "--moe-loss-weight 0.1 0.2: 2 weights for the 1 losses of --moe-balance (sequence); give one for all, or one "
-        "each (bias takes none)",
+        "--moe-loss-weight 0.1 0.2: 2 weights for the 1 losses of --moe-balance (sequence); give one for all, or "
+        "one each (bias takes none)",
     ),
     ({"loss_weight": -0.1}, "--moe-loss-weight -0.1: expected 0 or more"),
     ({"balance": ("aux", "global"), "loss_weight": (0.1, float("inf"))}, "--moe-loss-weight inf: expected 0 or"),
     *(
-        ({"capacity_factor": 0.0, name: value}, f"{flag} {value} with --moe-capacity-factor 0 (dropless): there is no")
+        ({"capacity_factor": 0.0, name: value}, f"{flag} {value} with --moe-capacity-factor 0 (dropless): there")
         for flag, name, value in (
             ("--moe-drop-policy", "drop_policy", "probs"),
             ("--moe-pad-to-capacity", "pad_to_capacity", True),
@@ -98,12 +100,12 @@ REFUSED: list[tuple[dict, str]] = [
             ("--moe-capacity-rounding", "capacity_rounding", "up"),
         )
     ),
-    ({"router": "expert_choice", "capacity_factor": 0.0}, "--moe-capacity-factor 0 with --moe-router expert_choice"),
+    ({"router": "expert_choice", "capacity_factor": 0.0}, "--moe-capacity-factor 0 with --moe-router expert"),
     (
         {"router": "expert_choice", "eval_capacity_factor": 0.0},
         "--moe-eval-capacity-factor 0 with --moe-router expert_choice: each expert takes",
     ),
-    ({"router": "expert_choice", "drop_policy": "probs"}, "--moe-drop-policy probs with --moe-router expert_choice"),
+    ({"router": "expert_choice", "drop_policy": "probs"}, "--moe-drop-policy probs with --moe-router expert"),
     ({"router": "expert_choice_causal", "capacity_per": "sequence"}, "--moe-capacity-per batch"),
     ({"router": "expert_choice_causal", "pad_to_capacity": True}, "--moe-pad-to-capacity with --moe-router"),
     ({"shared_mix": "olmo"}, "--moe-shared-mix olmo without a shared expert: add --moe-shared-hidden-dim"),
@@ -242,7 +244,7 @@ def test_command_line(line: str, flags: dict, tmp_path) -> None:
     run, given = run_of(line)
     assert run.moe == MoEConfig(**flags)
     assert all(f"moe_{name}" in given for name in flags)
-    check_types_of(run.moe)
+    moe_types.check_types(run.moe)
     # the same through a file that the run itself would write, and through one of all flags
     for name, text in {
         "given.yaml": config_text(run, given),
@@ -253,14 +255,9 @@ def test_command_line(line: str, flags: dict, tmp_path) -> None:
     assert run_of(f"--config {tmp_path / 'given.yaml'}")[1] == given
 
 
-def check_types_of(moe: MoEConfig) -> None:
-    moe_types.check_types(moe)
-
-
 def test_the_command_line_wins_over_a_files_list(tmp_path) -> None:
-    (tmp_path / "run.yaml").write_text(
-        yaml.safe_dump({"moe-num-experts": [32, 64], "moe_balance": ["aux", "bias"]})
-    )
+    entries = {"moe-num-experts": [32, 64], "moe_balance": ["aux", "bias"]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(entries))
     run, _ = run_of(f"--config {tmp_path / 'run.yaml'} --moe-num-experts 8 --moe-balance none")
     assert run.moe == MoEConfig(num_experts=8, balance=("none",))
 
@@ -406,14 +403,14 @@ def test_a_checkpoints_settings_without_work_give_way() -> None:
         ({"router": "expert_choice"}, ["--moe-router expert_choice sees later tokens in training and evaluation"]),
         ({"router": "quantile"}, ["--moe-router quantile sees later tokens in training and evaluation"]),
         ({"router": "sinkhorn"}, ["--moe-router sinkhorn sees later tokens in training; evaluation is causal"]),
-        ({"drop_policy": "probs"}, ["--moe-drop-policy probs sees later tokens in training and evaluation: they may "
-                                    "take a place"]),
+        ({"drop_policy": "probs"}, ["--moe-drop-policy probs sees later tokens in training and evaluation: they "
+                                    "may take a place"]),
         ({"drop_policy": "probs", "eval_capacity_factor": 0.0},
          ["--moe-drop-policy probs sees later tokens in training; evaluation is causal: they may take a place"]),
         ({"drop_policy": "probs", "capacity_factor": 0.0, "eval_capacity_factor": 1.0},
          ["--moe-drop-policy probs sees later tokens in evaluation alone: they may take a place"]),
-        ({"drop_policy": "choice"}, ["--moe-drop-policy choice sees later tokens in training and evaluation: they may "
-                                     "take a place"]),
+        ({"drop_policy": "choice"}, ["--moe-drop-policy choice sees later tokens in training and evaluation: they "
+                                     "may take a place"]),
         ({"drop_policy": "choice", "top_k": 1}, []),
         ({"drop_policy": "random", "top_k": 1},
          ["--moe-drop-policy random sees later tokens in training; evaluation is causal: they may take a place"]),
@@ -429,11 +426,11 @@ def test_later_tokens(flags: dict, sentences: list[str]) -> None:
 
 def test_help_texts_name_every_flag() -> None:
     """A field without text under it would have an empty --help."""
-    source = ast.parse(Path(str(__import__("open_lm.config.moe", fromlist=["x"]).__file__)).read_text())
+    source = ast.parse(Path(inspect.getfile(MoEConfig)).read_text(encoding="utf-8"))
     (body,) = [node.body for node in source.body if isinstance(node, ast.ClassDef)]
     documented = {
         a.target.id
-        for a, b in zip(body, body[1:], strict=False)
+        for a, b in pairwise(body)
         if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name) and isinstance(b, ast.Expr)
     }
     assert documented == {f.name for f in fields(MoEConfig)}

@@ -58,7 +58,7 @@ def dense(config: MoEConfig, weights: dict[str, Tensor], batch: Batch) -> Output
 
     chosen = RULES[config.router](logits_TE, config, batch, real_T, weights.get("router.bias_E"))
     place_TE = chosen.place_TE.masked_fill(~real_T[:, None], -1)
-    kept_TE = drop(place_TE, chosen.weight_TE.detach(), config, batch)
+    kept_TE = drop(place_TE, chosen.weight_TE.detach(), real_T, config, batch)
     weight_TE = torch.where(kept_TE, chosen.weight_TE, 0.0)
     if config.normalize_after_drops:
         weight_TE = weight_TE / weight_TE.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).eps)
@@ -83,15 +83,18 @@ def dense(config: MoEConfig, weights: dict[str, Tensor], batch: Batch) -> Output
 
 
 def top_k(logits_TE, config, batch, real_T, bias_E) -> Chosen:
-    """K highest scores; the bias, noise and groups matter for the selection alone."""
+    """K highest scores; bias, noise and groups matter for the selection alone, noise for what is counted too."""
     score_TE = logits_TE.sigmoid() if config.score == "sigmoid" else softmax(logits_TE)
-    key_TE = score_TE.detach() if bias_E is None else score_TE.detach() + bias_E
+    key_TE = score_TE.detach()
     if config.noise != "none" and batch.training:
         first_TE = places(key_TE) == 0
         gumbel_TE = -torch.log(-torch.log(batch.draw(logits_TE)))
         key_TE = logits_TE.detach() + gumbel_TE
         if config.noise == "second_expert":
             key_TE = torch.where(first_TE, math.inf, key_TE)
+    counted_TE = first(places(key_TE), config.top_k)
+    if bias_E is not None:
+        key_TE = key_TE + bias_E
     if config.num_groups > 1:
         key_TE = torch.where(in_best_groups(key_TE, config), key_TE, -math.inf)
     place_TE = first(places(key_TE), config.top_k)
@@ -100,7 +103,6 @@ def top_k(logits_TE, config, batch, real_T, bias_E) -> Chosen:
     else:
         weight_TE = torch.where(place_TE >= 0, score_TE, 0.0)
     probability_TE = score_TE / score_TE.sum(1, keepdim=True)
-    counted_TE = first(places(score_TE.detach()), config.top_k)
     return Chosen(place_TE, finish(weight_TE, place_TE, config), probability_TE, counted_TE)
 
 
@@ -275,17 +277,22 @@ def capacity(tokens: int, config: MoEConfig, training: bool) -> int:
     return min(tokens, max(whole, config.min_capacity))
 
 
-def drop(place_TE: Tensor, weight_TE: Tensor, config: MoEConfig, batch: Batch) -> Tensor:
-    """kept_TE, bool: each expert serves its candidates in the policy's order until it is full."""
+def drop(place_TE: Tensor, weight_TE: Tensor, real_T: Tensor, config: MoEConfig, batch: Batch) -> Tensor:
+    """kept_TE, bool: each expert serves its candidates in the policy's order until it is full.
+
+    Its capacity is that of the real tokens.
+    """
     B, S, _ = batch.x_BSD.shape
     T = B * S
     window = S if config.capacity_per == "sequence" else T
-    limit = capacity(window, config, batch.training)
-    if not limit or config.router in ("expert_choice", "expert_choice_causal"):
+    if not capacity(window, config, batch.training) or config.router in (
+        "expert_choice",
+        "expert_choice_causal",
+    ):
         return place_TE >= 0
     policy = config.drop_policy
     chance = batch.draw(weight_TE).tolist() if policy == "random" and batch.training else None
-    place, weight = place_TE.tolist(), weight_TE.tolist()
+    place, weight, real = place_TE.tolist(), weight_TE.tolist(), real_T.tolist()
     order: Callable[[int, int], float | tuple[float, ...]] = {
         "position": lambda t, e: t,
         "choice": lambda t, e: (place[t][e], t),
@@ -295,6 +302,7 @@ def drop(place_TE: Tensor, weight_TE: Tensor, config: MoEConfig, batch: Batch) -
     kept = [[False] * len(place[0]) for _ in range(T)]
     for expert in range(len(place[0])):
         for start in range(0, T, window):
+            limit = capacity(sum(real[start : start + window]), config, batch.training) or window
             queue = [t for t in range(start, start + window) if place[t][expert] >= 0]
             for t in sorted(queue, key=lambda t: order(t, expert))[:limit]:
                 kept[t][expert] = True
@@ -418,11 +426,11 @@ def sequence(p_TE: Tensor, counted_TE: Tensor, real_T: Tensor, batch: Batch) -> 
 
 def importance(p_TE: Tensor, counted_TE: Tensor, real_T: Tensor, batch: Batch) -> Tensor:
     """Mean of two squared coefficients of variation over experts: of the sums of probabilities, and of the
-    expected loads if scores had normal noise of deviation 1/E (Shazeer et al., appendix A; Tutel)."""
+    expected loads if logits had normal noise of deviation 1/E (V-MoE, 2106.05974, appendix A)."""
     E = p_TE.shape[1]
     p_TE, chosen_TE = p_TE[real_T], counted_TE[real_T] >= 0
-    last_T = torch.where(chosen_TE, p_TE, math.inf).amin(1, keepdim=True)
-    load_TE = 0.5 * (1 + torch.erf((p_TE - last_T) * E / math.sqrt(2)))
+    last_T = torch.where(chosen_TE, p_TE.log(), math.inf).amin(1, keepdim=True)
+    load_TE = 0.5 * (1 + torch.erf((p_TE.log() - last_T) * E / math.sqrt(2)))
 
     def cv2(v_E: Tensor) -> Tensor:
         return ((v_E - v_E.mean()) ** 2).sum() / (E - 1) / (v_E.mean() ** 2 + 1e-10)

@@ -373,8 +373,8 @@ def test_a_wrong_layer_is_seen() -> None:
     on = {"top_k": 1, "score": "sigmoid", "score_order": "after", "normalize_weights": True, "weight_scale": 2.5,
           "normalize_after_drops": True, "num_groups": 2, "jitter": 0.3, "noise": "rsample",
           "straight_through": True, "balance": ("sequence",), "loss_weight": 1.0, "z_loss_weight": 0.1,
-          "capacity_factor": 1.25, "min_capacity": 7, "capacity_rounding": "up", "capacity_per": "sequence", "drop_policy": "choice",
-          "ffn_type": "relu", "expert_bias": True, "output_bias": False, "shared_hidden_dim": 3, "residual": True,
+          "capacity_factor": 1.25, "min_capacity": 7, "capacity_rounding": "up", "capacity_per": "sequence",
+          "drop_policy": "choice", "ffn_type": "relu", "expert_bias": True, "output_bias": False, "shared_hidden_dim": 3, "residual": True,
           PADDED: True}  # fmt: skip
     base = {"capacity_factor": 0.7}
     plain = wanted_of(make_layer(configure(base, "reference")), base)

@@ -21,7 +21,12 @@ def top_k(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
     """
     logits_TE = logits_TE.float()
     score_TE = logits_TE.softmax(dim=-1) if config.score == "softmax" else logits_TE.sigmoid()
-    chosen_TK = select(score_TE, logits_TE, config, context)
+    # Before bias and groups: what the balancing losses count. Where the scores come after the selection, the
+    # logits choose (Megatron): a softmax over all E may underflow, and its ties would be broken by chance.
+    key_TE = logits_TE if config.score_order == "after" else score_TE
+    if config.noise != "none" and context.training:
+        key_TE = noisy(key_TE, logits_TE, config)
+    chosen_TK = select(key_TE, config, context)
     if config.score_order == "after":
         weight_TK = logits_TE.gather(1, chosen_TK).softmax(dim=-1)
     else:
@@ -32,30 +37,27 @@ def top_k(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         probability_TE = score_TE
     else:
         probability_TE = score_TE / (score_TE.sum(dim=-1, keepdim=True) + EPS)
+    limited = context.bias_E is not None or config.num_groups > 1
     return sort_by_expert(
         chosen_TK,
         weight_TK * config.weight_scale,
         logits_TE,
         probability_TE=probability_TE,
-        choice_TK=score_TE.detach().topk(config.top_k, dim=-1).indices
-        if _biased(config, context)
-        else chosen_TK,
+        choice_TK=key_TE.detach().topk(config.top_k, dim=-1).indices if limited else chosen_TK,
     )
 
 
-def select(score_TE: Tensor, logits_TE: Tensor, config: MoEConfig, context: Context) -> Tensor:
-    """expert_TK, int64, best first: the K highest of score + bias, within the best groups, noisy in training."""
-    with torch.no_grad():
-        key_TE = score_TE
-        if context.bias_E is not None:
-            key_TE = key_TE + context.bias_E
-        if config.noise != "none" and context.training:
-            key_TE = noisy(key_TE, logits_TE, config)
-        if config.num_groups > 1:
-            key_TE = within_groups(key_TE, config)
-        return key_TE.topk(config.top_k, dim=-1).indices
+@torch.no_grad()
+def select(key_TE: Tensor, config: MoEConfig, context: Context) -> Tensor:
+    """expert_TK, int64, best first: the K highest of key + bias, within the best groups."""
+    if context.bias_E is not None:
+        key_TE = key_TE + context.bias_E
+    if config.num_groups > 1:
+        key_TE = within_groups(key_TE, config)
+    return key_TE.topk(config.top_k, dim=-1).indices
 
 
+@torch.no_grad()
 def noisy(key_TE: Tensor, logits_TE: Tensor, config: MoEConfig) -> Tensor:
     """Logits plus Gumbel noise: their top K is a sample of K experts without replacement (1611.01144).
 
@@ -70,15 +72,12 @@ def noisy(key_TE: Tensor, logits_TE: Tensor, config: MoEConfig) -> Tensor:
 
 
 def within_groups(key_TE: Tensor, config: MoEConfig) -> Tensor:
-    """key_TE with -inf outside of each token's best groups: those whose best K/top_groups keys sum highest."""
+    """key_TE with -inf outside of each token's best groups: those whose best K/top_groups keys sum highest.
+
+    DeepSeek-V3's and Megatron's rule; DeepSeek-V2 judges a group by its best key alone.
+    """
     key_TGE = key_TE.unflatten(1, (config.num_groups, -1))
     best = key_TGE.topk(config.top_k // config.top_groups, dim=-1).values.sum(dim=-1)
     groups_TG = torch.zeros_like(best, dtype=torch.bool)
     groups_TG = groups_TG.scatter(1, best.topk(config.top_groups, dim=-1).indices, True)
     return key_TGE.masked_fill(~groups_TG[..., None], -torch.inf).flatten(1)
-
-
-def _biased(config: MoEConfig, context: Context) -> bool:
-    """Whether the selection is not simply by the scores."""
-    noise = config.noise != "none" and context.training
-    return context.bias_E is not None or noise or config.num_groups > 1

@@ -46,7 +46,9 @@ def run(case: StMoECase) -> dict:
 
     x = given["x"].requires_grad_()
     # (K, B, S) there; in evaluation all draws are 1/2
-    draw = given["draw"].movedim(-1, 0) if case.training else torch.full_like(given["draw"], 0.5).movedim(-1, 0)
+    draw = (
+        given["draw"].movedim(-1, 0) if case.training else torch.full_like(given["draw"], 0.5).movedim(-1, 0)
+    )
     with mock.patch.object(torch.Tensor, "uniform_", lambda self, *_: self.copy_(draw)):
         y, total, balance, z = layer(x)
     objective = (y * given["slope"]).sum() + total.sum()
