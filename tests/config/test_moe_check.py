@@ -68,7 +68,7 @@ REFUSED: list[tuple[dict, str]] = [
     ),
     (
         {"weight_scale": 2.5, "normalize_after_drops": True},
-        "--moe-weight-scale 2.5 with --moe-normalize-after-drops, which rescales",
+        "--moe-weight-scale 2.5 with --moe-normalize-after-drops, which makes",
     ),
     ({"router": "hash", "jitter": 0.1}, "--moe-jitter 0.1 with --moe-router hash, whose experts and weights"),
     ({"router": "hash", "z_loss_weight": 0.1}, "--moe-z-loss-weight 0.1 with --moe-router hash"),

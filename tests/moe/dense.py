@@ -83,9 +83,12 @@ def dense(config: MoEConfig, weights: dict[str, Tensor], batch: Batch) -> Output
 
 
 def top_k(logits_TE, config, batch, real_T, bias_E) -> Chosen:
-    """K highest scores; bias, noise and groups matter for the selection alone, noise for what is counted too."""
+    """K highest scores, or logits where the softmax comes after the selection (Megatron's groups are judged so, too).
+
+    Bias, noise and groups matter for the selection alone, noise for what is counted too.
+    """
     score_TE = logits_TE.sigmoid() if config.score == "sigmoid" else softmax(logits_TE)
-    key_TE = score_TE.detach()
+    key_TE = (logits_TE if config.score_order == "after" else score_TE).detach()
     if config.noise != "none" and batch.training:
         first_TE = places(key_TE) == 0
         gumbel_TE = -torch.log(-torch.log(batch.draw(logits_TE)))

@@ -374,8 +374,8 @@ def test_a_wrong_layer_is_seen() -> None:
           "normalize_after_drops": True, "num_groups": 2, "jitter": 0.3, "noise": "rsample",
           "straight_through": True, "balance": ("sequence",), "loss_weight": 1.0, "z_loss_weight": 0.1,
           "capacity_factor": 1.25, "min_capacity": 7, "capacity_rounding": "up", "capacity_per": "sequence",
-          "drop_policy": "choice", "ffn_type": "relu", "expert_bias": True, "output_bias": False, "shared_hidden_dim": 3, "residual": True,
-          PADDED: True}  # fmt: skip
+          "drop_policy": "choice", "ffn_type": "relu", "expert_bias": True, "output_bias": False,
+          "shared_hidden_dim": 3, "residual": True, PADDED: True}  # fmt: skip
     base = {"capacity_factor": 0.7}
     plain = wanted_of(make_layer(configure(base, "reference")), base)
     for flag, value in on.items():
