@@ -162,7 +162,10 @@ def runs() -> tuple[str, bool]:
 
 
 def router() -> tuple[str, bool]:
-    """What the routers of these runs did at the end: means over the MoE layers, of the last logged window."""
+    """What the routers of these runs did at the end: means over the MoE layers, of the last logged window.
+
+    The share dropped of held-out text is that of the last evaluation, from its least to its greatest domain.
+    """
     rows = []
     for record, _, lines in real_runs():
         seen = [line["router"] for line in lines if line.get("router")]
@@ -173,11 +176,25 @@ def router() -> tuple[str, bool]:
         experts = len(last[0]["share"])
         rows.append(
             [record["name"], f"{mean('entropy'):.2f} of {math.log(experts):.2f}",
-             f"{mean('fullest_over_mean'):.2f}", f"{mean('dropped_share'):.2%}",
+             f"{mean('fullest_over_mean'):.2f}", f"{mean('dropped_share'):.2%}", held_out_drop(lines),
              str(max(layer["dead_experts"] for layer in last))]
         )  # fmt: skip
-    head = ["", "entropy, nats", "fullest expert over mean", "dropped in training", "dead experts"]
+    head = (
+        "", "entropy, nats", "fullest expert over mean", "dropped in training", "dropped held out", "dead experts"
+    )  # fmt: skip
     return markdown(head, rows), True
+
+
+def held_out_drop(lines: Sequence[dict[str, Any]]) -> str:
+    """Least and greatest share over the domains of the last evaluation; a run may be older than this metric."""
+    last = max(line["step"] for line in lines)
+    ends = [line for line in lines if line["step"] == last and "val_name" in line]
+    names = [f"valid/{line['val_name']}/dropped_share" for line in ends]
+    if not ends or any(name not in line for name, line in zip(names, ends, strict=True)):
+        return "not logged"
+    shares = [line[name] for name, line in zip(names, ends, strict=True)]
+    low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
+    return low if low == high else f"{low} to {high}"
 
 
 def flags() -> tuple[str, bool]:
@@ -216,14 +233,16 @@ def speed() -> tuple[str, bool]:
     ]
     for device, experts, flags in dict.fromkeys(key[:3] for key in newest):
         row: list[object] = [f"{'dense' if experts == 1 else f'{experts} experts'}, {device} {flags}".strip()]
-        for model in MODELS:
-            r = newest.get((device, experts, flags, model))
-            row.append(f"{r['tokens_per_second'] / 1e3:.1f}K" if r else "")
+        found = {
+            m: newest[device, experts, flags, m] for m in MODELS if (device, experts, flags, m) in newest
+        }
+        row[0] = f"{row[0]}, {', '.join(dict.fromkeys(r['commit'] for r in found.values()))}"
+        row += [f"{found[m]['tokens_per_second'] / 1e3:.1f}K" if m in found else "" for m in MODELS]
         rows.append(row)
     if not newest:
         return markdown(["", *MODELS], rows), True
-    last = list(newest.values())[-1]
-    note = f"Ours: torch {last['torch']}, commit {last['commit']}, sequences of 2,048 tokens, synthetic data."
+    torches = ", ".join(dict.fromkeys(r["torch"] for r in newest.values()))
+    note = f"Ours, with the commit timed: torch {torches}, sequences of 2,048 tokens, synthetic data."
     return f"{markdown(['', *MODELS], rows)}\n\n{note}", True
 
 

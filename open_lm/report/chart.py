@@ -119,7 +119,7 @@ def line_chart(
     low, high = (0.0 if from_zero else min(values)), max(values)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = (low if from_zero else low - margin), high + margin
-    name_width = 12 + 6.6 * max(len(s.name) for s, _, _ in lines)
+    name_width = 12 + 7.6 * max(len(s.name) for s, _, _ in lines)
     x_of = Scale(0, max(x for x, _ in drawn), 52, width - max(70, name_width))
     y_of = Scale(low, high, height - 40, 26)
     parts = [text(0, 13, y_label)]
