@@ -83,7 +83,7 @@ def dense(config: MoEConfig, weights: dict[str, Tensor], batch: Batch) -> Output
 
 
 def top_k(logits_TE, config, batch, real_T, bias_E) -> Chosen:
-    """K highest scores, or logits where the softmax comes after the selection (Megatron's groups are judged so, too).
+    """K highest scores, or logits where the softmax comes after the selection (Megatron judges groups so, too).
 
     Bias, noise and groups matter for the selection alone, noise for what is counted too.
     """
