@@ -1,16 +1,18 @@
 """Which settings of a mixture of experts contradict each other, and which see later tokens."""
 
-import ast
 import math
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from open_lm.config.moe import SELF_BALANCED, MoEConfig
+from open_lm.config.moe_layers import check_placement, flag
+from open_lm.config.moe_types import check_types
 
 # Routers in which experts choose tokens: they fill each expert to its capacity and drop nothing.
 EXPERTS_CHOOSE = ("expert_choice", "expert_choice_causal")
 # Routers that remove choices of a small weight, and whose weights sum to one.
 REMOVING = ("threshold", "coordinate_descent")
+OF_CAPACITY = ("drop_policy", "pad_to_capacity", "min_capacity", "capacity_per", "capacity_rounding")
 POSITIVE = ("num_groups", "top_groups", "weight_scale", "threshold", "eval_threshold", "hidden_dim",
             "dim")  # fmt: skip
 NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor", "min_capacity", "bias_rate",
@@ -23,6 +25,7 @@ def check_moe(moe: MoEConfig, given: Collection[str] = (), n_layers: int | None 
     `given` are the names ("moe_top_k") of flags given by hand, `n_layers` the model's depth; without it, the
     placement of layers is not looked at (a layer by itself).
     """
+    check_types(moe)
     for name in POSITIVE:
         if (value := getattr(moe, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag(name)} {value}: expected more than 0")
@@ -34,7 +37,7 @@ def check_moe(moe: MoEConfig, given: Collection[str] = (), n_layers: int | None 
     for experts in moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts,):
         if experts is not None:
             _check_experts(moe, experts)
-    if n_layers is not None and not _check_placement(moe, given, n_layers):
+    if n_layers is not None and not check_placement(moe, given, n_layers):
         return
     if not 0 <= moe.jitter < 1:
         raise ValueError(f"--moe-jitter {moe.jitter}: expected 0 <= jitter < 1")
@@ -65,6 +68,11 @@ def _check_experts(moe: MoEConfig, experts: int) -> None:
             f"--moe-top-groups {moe.top_groups} > --moe-num-groups {moe.num_groups}: a token cannot use more "
             "groups than there are"
         )
+    if moe.top_groups == moe.num_groups > 1:
+        raise ValueError(
+            f"--moe-top-groups {moe.top_groups} of --moe-num-groups {moe.num_groups}: a token may use every group, "
+            "so the groups limit nothing; lower --moe-top-groups, or drop both"
+        )
     if moe.num_groups > 1 and (usable := experts // moe.num_groups * moe.top_groups) < moe.top_k:
         raise ValueError(
             f"--moe-top-k {moe.top_k}, but --moe-top-groups {moe.top_groups} of --moe-num-groups "
@@ -79,6 +87,14 @@ def _check_experts(moe: MoEConfig, experts: int) -> None:
 
 def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
     """Refuses numbers that nothing would read."""
+    for name, needed in _idle(moe).items():
+        value, default = getattr(moe, name), getattr(MoEConfig, name)
+        if value != default or f"moe_{name}" in given:
+            raise ValueError(f"{flag(name)} {value} needs {needed}: add it, or drop {flag(name)}")
+
+
+def _idle(moe: MoEConfig) -> dict[str, str]:
+    """The fields that nothing reads, by name, and what would."""
     needs = {
         "threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
         "eval_threshold": ("--moe-router threshold or coordinate_descent", moe.router in REMOVING),
@@ -86,10 +102,21 @@ def _check_needed(moe: MoEConfig, given: Collection[str]) -> None:
         "top_groups": ("--moe-num-groups", moe.num_groups > 1),
         "loss_weight": ("a loss in --moe-balance", bool(set(moe.balances) - {"bias"})),
     }
-    for name, (needed, there) in needs.items():
-        value, default = getattr(moe, name), getattr(MoEConfig, name)
-        if not there and (value != default or f"moe_{name}" in given):
-            raise ValueError(f"{flag(name)} {value} needs {needed}: add it, or drop {flag(name)}")
+    return {name: needed for name, (needed, there) in needs.items() if not there}
+
+
+def without_idle(moe: MoEConfig, given: Collection[str]) -> MoEConfig:
+    """`moe` with defaults for what nothing reads: a checkpoint's loss weight where a flag switches the loss off.
+
+    What is `given` stays, so that `check_moe` refuses it.
+    """
+    idle = {*_idle(moe), *(OF_CAPACITY if dropless(moe) else ())}
+    return replace(moe, **{name: getattr(MoEConfig, name) for name in idle if f"moe_{name}" not in given})
+
+
+def dropless(moe: MoEConfig) -> bool:
+    """Whether nothing is dropped, in training and evaluation."""
+    return not moe.capacity_factor and not moe.eval_capacity_factor
 
 
 def _check_scores(moe: MoEConfig) -> None:
@@ -113,10 +140,15 @@ def _check_scores(moe: MoEConfig) -> None:
             f"--moe-router {moe.router} with --moe-top-k 1: the one weight is 1 and the router would "
             "not learn from the output; use --moe-top-k 2 or more, or --moe-router top_k"
         )
-    if moe.normalize_weights and moe.top_k == 1:
+    to_one = {
+        "--moe-normalize-weights": moe.normalize_weights,
+        "--moe-normalize-after-drops": moe.normalize_after_drops,
+        "--moe-score-order after": moe.score_order == "after",
+    }
+    if moe.top_k == 1 and (wrong := [name for name, on in to_one.items() if on]):
         raise ValueError(
-            "--moe-normalize-weights with --moe-top-k 1 makes every weight 1: the router would not learn from "
-            "the output; drop it"
+            f"{wrong[0]} with --moe-top-k 1 makes every weight 1: the router would not learn from the output; drop "
+            f"{wrong[0]}"
         )
     if moe.router in EXPERTS_CHOOSE:
         for name in ("normalize_weights", "normalize_after_drops"):
@@ -137,6 +169,13 @@ def _check_scores(moe: MoEConfig) -> None:
             f"--moe-weight-scale {moe.weight_scale} with --moe-normalize-after-drops, which makes the weights sum "
             "to one whatever their scale: drop one"
         )
+    if moe.router == "hash":
+        for name in ("jitter", "z_loss_weight", "straight_through"):
+            if value := getattr(moe, name):
+                raise ValueError(
+                    f"{flag(name)} {value} with --moe-router hash, whose experts and weights do not depend on the "
+                    f"router's logits: drop {flag(name)}"
+                )
 
 
 def _check_balance(moe: MoEConfig) -> None:
@@ -176,20 +215,19 @@ def _check_balance(moe: MoEConfig) -> None:
 
 
 def _check_capacity(moe: MoEConfig) -> None:
-    dropless = not moe.capacity_factor and not moe.eval_capacity_factor
-    for name, default in (("drop_policy", "position"), ("pad_to_capacity", False), ("min_capacity", 0),
-                          ("capacity_per", "batch")):  # fmt: skip
+    for name in OF_CAPACITY:
         value = getattr(moe, name)
-        if dropless and value != default:
+        if dropless(moe) and value != getattr(MoEConfig, name):
             raise ValueError(
                 f"{flag(name)} {value} with --moe-capacity-factor 0 (dropless): there is no capacity; drop one"
             )
     if moe.router in EXPERTS_CHOOSE:
-        if not moe.capacity_factor or moe.eval_capacity_factor == 0:
-            raise ValueError(
-                f"--moe-router {moe.router} with a capacity factor of 0: each expert takes factor * k * T / E "
-                "tokens; give --moe-capacity-factor (Zhou et al.: k * factor = 2)"
-            )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            if getattr(moe, name) == 0:
+                raise ValueError(
+                    f"{flag(name)} 0 with --moe-router {moe.router}: each expert takes factor * k * T / E "
+                    f"tokens, it cannot take none; give {flag(name)} (Zhou et al.: k * factor = 2)"
+                )
         if moe.drop_policy != "position":
             raise ValueError(
                 f"--moe-drop-policy {moe.drop_policy} with --moe-router {moe.router}: experts choose, nothing is "
@@ -204,89 +242,6 @@ def _check_capacity(moe: MoEConfig) -> None:
             "--moe-pad-to-capacity with --moe-router expert_choice_causal, whose experts take a fixed number of "
             "tokens at each position already: drop --moe-pad-to-capacity"
         )
-
-
-def _check_placement(moe: MoEConfig, given: Collection[str], n_layers: int) -> bool:
-    """Whether there are MoE layers; raises ValueError where the flags that place them disagree."""
-    ways = {"--moe-freq": moe.freq != 0, "--moe-layers": moe.layers is not None,
-            "--moe-layer-pattern": moe.layer_pattern is not None}  # fmt: skip
-    chosen = [name for name, on in ways.items() if on]
-    if moe.freq < 0:
-        raise ValueError(f"--moe-freq {moe.freq}: expected 0 (dense) or more")
-    if len(chosen) > 1:
-        raise ValueError(f"{' and '.join(chosen)} are both given: use one to say which layers are MoE")
-    if not chosen:
-        if stray := sorted(flag(n[4:]) for n in given if n.startswith("moe_") and n != "moe_freq"):
-            raise ValueError(
-                f"{', '.join(stray)} given, but --moe-freq is 0 (a dense model): add --moe-freq N, or drop them"
-            )
-        return False
-    if moe.num_experts is None:
-        value = getattr(moe, chosen[0][6:].replace("-", "_"))
-        raise ValueError(f"{chosen[0]} {value} needs --moe-num-experts")
-    placed = layer_numbers(moe, n_layers)
-    if not placed:
-        raise ValueError(
-            f"{chosen[0]}, --moe-first-dense {moe.first_dense}: none of {n_layers} layers is an MoE"
-        )
-    if isinstance(moe.num_experts, tuple) and len(moe.num_experts) != len(placed):
-        raise ValueError(
-            f"--moe-num-experts {' '.join(map(str, moe.num_experts))}: {len(moe.num_experts)} numbers for "
-            f"{len(placed)} MoE layers ({', '.join(map(str, placed))}); give one for all, or one each"
-        )
-    return True
-
-
-def layer_numbers(moe: MoEConfig, n_layers: int) -> tuple[int, ...]:
-    """The numbers of the MoE layers. Raises ValueError where --moe-layers or the pattern do not fit."""
-    if moe.layers is not None:
-        if wrong := [n for n in moe.layers if not 0 <= n < n_layers]:
-            raise ValueError(f"--moe-layers {wrong[0]}: the model's layers are 0 to {n_layers - 1}")
-        if moe.first_dense:
-            raise ValueError("--moe-first-dense with --moe-layers: the list alone says which; drop one")
-        return tuple(sorted(set(moe.layers)))
-    if moe.layer_pattern is not None:
-        pattern = read_pattern(moe.layer_pattern)
-        if len(pattern) != n_layers:
-            raise ValueError(
-                f"--moe-layer-pattern {moe.layer_pattern} has {len(pattern)} entries, the model {n_layers} layers"
-            )
-        return tuple(n for n, on in enumerate(pattern) if on and n >= moe.first_dense)
-    return tuple(n for n in range(n_layers) if moe.freq > 0 and n % moe.freq == 0 and n >= moe.first_dense)
-
-
-def read_pattern(text: str) -> list[int]:
-    """Megatron's list expression of 0 and 1, of lists, + and *; nothing is executed."""
-
-    def value(node: ast.expr) -> list[int] | int:
-        match node:
-            case ast.Constant(value=int(number)) if not isinstance(number, bool):
-                return number
-            case ast.List(elts=entries):
-                found = [value(entry) for entry in entries]
-                if all(entry in (0, 1) for entry in found):
-                    return [int(entry) for entry in found if isinstance(entry, int)]
-            case ast.BinOp(left=left, op=ast.Add(), right=right):
-                a, b = value(left), value(right)
-                if isinstance(a, list) and isinstance(b, list):
-                    return a + b
-            case ast.BinOp(left=left, op=ast.Mult(), right=right):
-                a, b = value(left), value(right)
-                if isinstance(a, int):
-                    a, b = b, a
-                if isinstance(a, list) and isinstance(b, int) and 0 <= b <= 10_000:
-                    return a * b
-        raise ValueError
-
-    try:
-        pattern = value(ast.parse(text.strip(), mode="eval").body)
-        if isinstance(pattern, list):
-            return pattern
-    except (SyntaxError, ValueError):
-        pass
-    raise ValueError(
-        f'--moe-layer-pattern {text}: expected a list of 0 and 1 as Megatron writes it, such as "[0]*3+[1]*24"'
-    )
 
 
 def sees_later_tokens(moe: MoEConfig) -> list[str]:
@@ -310,11 +265,6 @@ def sees_later_tokens(moe: MoEConfig) -> list[str]:
         when = always if in_training and in_evaluation else training if in_training else "in evaluation alone"
         reasons.append(f"--moe-drop-policy {moe.drop_policy} sees later tokens {when}: they may take a place")
     return reasons
-
-
-def flag(name: str) -> str:
-    """`--moe-top-k` of `top_k`."""
-    return "--moe-" + name.replace("_", "-")
 
 
 assert {*POSITIVE, *NOT_NEGATIVE} <= {f.name for f in fields(MoEConfig)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from open_lm.config.model import ModelConfig, ModelFlags
 from open_lm.config.moe import MoEConfig
-from open_lm.config.moe_check import check_moe
+from open_lm.config.moe_check import check_moe, without_idle
 from open_lm.config.network_check import SIZES, check_network
 from open_lm.config.parse import NO_FLAGS
 
@@ -145,7 +145,7 @@ def reconcile(
             raise ValueError(f"{what}, but {path} was trained with {there}: drop the flag, or use its value")
     experts = {name.removeprefix("moe_"): v for name, v in taken.items() if name.startswith("moe_")}
     shape = {name: value for name, value in taken.items() if not name.startswith("moe_")}
-    config = replace(config, **shape, moe=replace(config.moe, **experts))
+    config = replace(config, **shape, moe=without_idle(replace(config.moe, **experts), given))
     check_model(config)
     return config, notes
 

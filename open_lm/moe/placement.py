@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
-from open_lm.config.moe_check import layer_numbers
+from open_lm.config.moe_layers import layer_numbers
 
 
 def moe_layers(config: ModelConfig) -> tuple[int, ...]:

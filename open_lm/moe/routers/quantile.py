@@ -24,7 +24,10 @@ def quantile(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
     logits_TE = logits_TE.float()
     with torch.no_grad():
         price_E = prices(logits_TE, config.top_k, context.real_T)
-        expert_TK = (logits_TE - price_E).topk(config.top_k, dim=-1).indices
+        # Where prices have settled, the last expert chosen ties with the next one; a stable sort, unlike topk,
+        # decides alike on every device.
+        order_TE = (logits_TE - price_E).sort(dim=-1, descending=True, stable=True).indices
+        expert_TK = order_TE[:, : config.top_k]
     weight_TK = logits_TE.softmax(dim=-1).gather(1, expert_TK)
     return sort_by_expert(expert_TK, finish(weight_TK, config), logits_TE)
 
