@@ -18,6 +18,7 @@ from open_lm.data.loader import Batch
 from open_lm.log import Log, logger
 from open_lm.loss import IGNORE_INDEX
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
+from open_lm.model import documents_of
 from open_lm.moe.stats import RouterStats, pack, router_loss
 from open_lm.optim import (
     LossScale,
@@ -65,10 +66,16 @@ def accumulate_gradients(
     micro_batches = list(
         zip(*(to_device(x, world).split(plan.micro_sequences) for x in batch[:2]), strict=True)
     )
+    documents = [documents_of(x, config, world.device) for x in batch.tokens_BS.split(plan.micro_sequences)]
     for i, (tokens_BS, targets_BS) in enumerate(micro_batches):
         with no_sync(model, i < len(micro_batches) - 1):
             with autocast(optim.precision, world.device):
-                output = model(tokens_BS, targets_BS, z_loss_coefficient=optim.z_loss_coefficient)
+                output = model(
+                    tokens_BS,
+                    targets_BS,
+                    documents=documents[i],
+                    z_loss_coefficient=optim.z_loss_coefficient,
+                )
             loss, stats = output.loss, output.router_stats
             objective = loss.objective_sum * per_token
             if stats:

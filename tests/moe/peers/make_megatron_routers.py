@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from inputs import megatron_logits  # noqa: E402
+from inputs import megatron_logits
 
 
 def function_of(path: Path, name: str):

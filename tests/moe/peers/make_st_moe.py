@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from inputs import ST_MOE, StMoECase, st_moe_inputs  # noqa: E402
+from inputs import ST_MOE, StMoECase, st_moe_inputs
 
 
 def run(case: StMoECase) -> dict:
@@ -46,7 +46,9 @@ def run(case: StMoECase) -> dict:
 
     x = given["x"].requires_grad_()
     # (K, B, S) there; in evaluation all draws are 1/2
-    draw = given["draw"].movedim(-1, 0) if case.training else torch.full_like(given["draw"], 0.5).movedim(-1, 0)
+    draw = (
+        given["draw"].movedim(-1, 0) if case.training else torch.full_like(given["draw"], 0.5).movedim(-1, 0)
+    )
     with mock.patch.object(torch.Tensor, "uniform_", lambda self, *_: self.copy_(draw)):
         y, total, balance, z = layer(x)
     objective = (y * given["slope"]).sum() + total.sum()
