@@ -111,6 +111,7 @@ def prepare(
             world_size=world.world_size,
             global_batch=batch.global_sequences,
             seed=run.optim.seed,
+            end_of_text=config.end_of_text,
         )
         train_data.check_enough(schedule.end_step)
         if start is not None and start.state is not None:
@@ -128,7 +129,7 @@ def prepare(
     entries = run.eval.val_data or ()
     keys = run.eval.val_data_key or (run.data.data_key,) * len(entries)
     names = run.eval.val_data_name or (name_entries(entries) if len(entries) > 1 else (None,) * len(entries))
-    masks = find_masks(run.data, config.vocab_size)
+    masks = find_masks(run.data, config.vocab_size, config.end_of_text)
     val_data = tuple(
         ValData(
             entry,

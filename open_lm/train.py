@@ -18,6 +18,7 @@ from open_lm.data.loader import Batch
 from open_lm.log import Log, logger
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
+from open_lm.model import documents_of
 from open_lm.moe.balance import update_bias_
 from open_lm.moe.stats import RouterStats, pack, router_loss, unpack
 from open_lm.optim import (
@@ -72,11 +73,16 @@ def accumulate_gradients(
         [None if x is None else x[first : first + plan.micro_sequences] for x in whole]
         for first in range(0, len(batch.tokens_BS), plan.micro_sequences)
     ]
+    documents = [documents_of(x, config, world.device) for x in batch.tokens_BS.split(plan.micro_sequences)]
     for i, (tokens_BS, targets_BS, real_BS) in enumerate(micro_batches):
         with no_sync(model, i < len(micro_batches) - 1):
             with autocast(optim.precision, world.device):
                 output = model(
-                    tokens_BS, targets_BS, real_BS=real_BS, z_loss_coefficient=optim.z_loss_coefficient
+                    tokens_BS,
+                    targets_BS,
+                    real_BS=real_BS,
+                    documents=documents[i],
+                    z_loss_coefficient=optim.z_loss_coefficient,
                 )
             loss, stats = output.loss, output.router_stats
             objective = loss.objective_sum * per_token

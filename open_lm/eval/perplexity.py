@@ -16,6 +16,7 @@ from open_lm.config.optim import PrecisionName
 from open_lm.data.loader import ValData
 from open_lm.eval.bootstrap import interval
 from open_lm.loss import IGNORE_INDEX, real_positions
+from open_lm.model import documents_of
 from open_lm.parallel.gather import gather_alike
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, compiled, reshard_, unwrap
@@ -68,7 +69,12 @@ def evaluate(
                 targets_BS = batch.targets_BS.to(world.device)
                 # a last, smaller batch is not worth compiling every block anew
                 with autocast(precision, world.device), compiled(len(targets_BS) == batch_sequences):
-                    output = model(batch.tokens_BS.to(world.device), targets_BS, real_BS=real_BS)
+                    output = model(
+                        batch.tokens_BS.to(world.device),
+                        targets_BS,
+                        real_BS=real_BS,
+                        documents=documents_of(batch.tokens_BS, unwrap(model).config, world.device),
+                    )
                 counted_BS = targets_BS != IGNORE_INDEX
                 nll = output.loss.nll_BS
                 sums[0] += nll.double().sum()
