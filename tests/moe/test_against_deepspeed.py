@@ -36,7 +36,7 @@ def flags_of(function: str, options: dict, experts: int) -> MoEConfig:
         num_experts=experts,
         top_k=k,
         capacity_factor=0.0 if dropless else options["capacity_factor"],
-        capacity_rounding="up",
+        capacity_rounding="down" if dropless else "up",
         min_capacity=0 if dropless else options["min_capacity"],
         drop_policy="position" if dropless else drop_policy,
         normalize_after_drops=k > 1,
