@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=list(BACKENDS), default=["reference", "grouped_mm"])
     parser.add_argument("--tokens", type=int, help="instead of the shape's")
     parser.add_argument("--capacity-factor", type=float, default=0.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile everything except `reference`")

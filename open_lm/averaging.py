@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from open_lm.config.averaging import DEFAULTS, Averager
 from open_lm.config.optim import PrecisionName
 from open_lm.data.loader import Batch
-from open_lm.loss import IGNORE_INDEX
+from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, reshard_, unwrap
 
@@ -117,9 +117,11 @@ def averaged_loss(
             batch.tokens_BS.split(micro_sequences), batch.targets_BS.split(micro_sequences), strict=True
         )
         for tokens_BS, targets_BS in slices:
+            real_BS = real_positions(targets_BS) if bare.config.moe.enabled else None
+            real_BS = None if real_BS is None else real_BS.to(world.device)
             targets_BS = targets_BS.to(world.device)
             with autocast(precision, world.device):
-                output = bare(tokens_BS.to(world.device), targets_BS)
+                output = bare(tokens_BS.to(world.device), targets_BS, real_BS=real_BS)
             assert output.loss is not None
             sums[0] += output.loss.nll_BS.double().sum()
             sums[1] += (targets_BS != IGNORE_INDEX).sum()

@@ -1,7 +1,7 @@
 """Model FLOPs per token and a device's peak: what MFU is the ratio of (PaLM, arXiv:2204.02311, appendix B)."""
 
 from open_lm.config.model import ModelConfig
-from open_lm.model import build, count_parameters
+from open_lm.model import build, count_parameters, experts_per_token, is_of_experts
 
 FORMULA = (
     "MFU = tokens/s/GPU x FLOPs per token / peak; FLOPs per token = 6 x active parameters in matrix products (with "
@@ -34,7 +34,12 @@ def flops_per_token(config: ModelConfig) -> float:
     looked_up = 0 if config.weight_tying else config.vocab_size * config.dim
     if config.positional_embedding_type == "learned":
         looked_up += config.seq_len * config.dim
-    vectors = sum(p.numel() for p in build(config).parameters() if p.ndim < 2)
+    vectors = 0.0  # gains and biases, of the experts' those that a token uses
+    for name, parameter in build(config).named_parameters():
+        of_experts = is_of_experts(name)
+        if parameter.ndim - of_experts < 2:
+            used = min(experts_per_token(config.moe) / parameter.shape[0], 1) if of_experts else 1
+            vectors += parameter.numel() * used
     in_products = count_parameters(config).active - looked_up - vectors
     widths = config.n_heads * (config.qk_head_dim + config.value_head_dim)
     return 6 * in_products + 3 * config.n_layers * config.seq_len * widths

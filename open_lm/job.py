@@ -23,6 +23,7 @@ from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
 from open_lm.data.remote import is_local
+from open_lm.moe.notes import notes as notes_on_experts
 from open_lm.nn.attention import load_xformers
 from open_lm.parallel import mesh
 from open_lm.parallel.gather import on_first_rank
@@ -93,6 +94,7 @@ def prepare(
     if start is not None and start.model_config is not None:
         config, taken = reconcile(config, start.model_config, given, start.name)
         notes += taken
+    notes += notes_on_experts(config.moe)
     if config.attn_name.startswith("xformers"):
         load_xformers(world.device)
     val_batch = run.eval.global_val_batch_size or batch.micro_sequences * world.world_size
@@ -109,6 +111,7 @@ def prepare(
             world_size=world.world_size,
             global_batch=batch.global_sequences,
             seed=run.optim.seed,
+            end_of_text=config.end_of_text,
         )
         train_data.check_enough(schedule.end_step)
         if start is not None and start.state is not None:
@@ -126,7 +129,7 @@ def prepare(
     entries = run.eval.val_data or ()
     keys = run.eval.val_data_key or (run.data.data_key,) * len(entries)
     names = run.eval.val_data_name or (name_entries(entries) if len(entries) > 1 else (None,) * len(entries))
-    masks = find_masks(run.data, config.vocab_size)
+    masks = find_masks(run.data, config.vocab_size, config.end_of_text)
     val_data = tuple(
         ValData(
             entry,

@@ -16,6 +16,18 @@ IGNORE_INDEX = -100
 CHUNK_LOGITS = {"cuda": 2**28, "cpu": 2**21}
 
 
+def real_positions(targets_BS: Tensor) -> Tensor | None:
+    """real_BS, bool: False where neither this target nor a later one of the sequence counts; None if there is no
+    such place, which costs a look at the last targets alone. For targets in host memory: elsewhere it waits.
+
+    What is trained on sees none of those places, so they are padding, whatever made them so.
+    """
+    counted_BS = targets_BS != IGNORE_INDEX
+    if counted_BS[:, -1:].all():
+        return None
+    return counted_BS.flip(1).long().cumsum(1).flip(1) > 0
+
+
 class TokenLoss(NamedTuple):
     """Sums over the tokens whose target is not -100: divide by `tokens` (of the whole batch) for means."""
 

@@ -1,6 +1,7 @@
 """What a run has done and measured: progress, the sums behind a log line, and the line for people."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -36,8 +37,8 @@ class StepResult(NamedTuple):
     """Of one step's whole batch, over all ranks and micro-batches; on the device, so that nothing waits."""
 
     losses: Tensor
-    """(3,) float64: means of the negative log-likelihood in nats per token, without any auxiliary term; of
-    logsumexp(logits)², unweighted; of all logits."""
+    """(4,) float64: means of the negative log-likelihood in nats per token, without any auxiliary term; of
+    logsumexp(logits)², unweighted; of all logits; and what the routers added to the objective, 0 without any."""
     tokens: int
     """Targets."""
     n_bad: int
@@ -87,9 +88,17 @@ class Clock:
 class Window:
     """Sums over the steps since the last log line, on the device: `entry` is the one place that waits for it."""
 
-    def __init__(self, config: ModelConfig, world: World, log_logit_mean: bool = False) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        world: World,
+        log_logit_mean: bool = False,
+        biases: Sequence[Tensor | None] = (),
+    ) -> None:
+        """`biases` are the routers', one per MoE layer, of which `entry` says the size."""
         self.clock = Clock()
         self.layers = moe_layers(config)
+        self.biases = biases
         self.world = world
         self.log_logit_mean = log_logit_mean
         self.flops_per_token = flops_per_token(config)
@@ -123,7 +132,7 @@ class Window:
 
     def entry(self, progress: Progress, rate: float, norm: Tensor) -> dict[str, Any]:
         """The window's metrics by open_lm's names; times are seconds per step."""
-        loss, z_loss, logit_mean = (self.losses / self.finite_tokens).tolist()  # pyright: ignore[reportAttributeAccessIssue]
+        loss, z_loss, logit_mean, router_loss = (self.losses / self.finite_tokens).tolist()  # pyright: ignore[reportAttributeAccessIssue]
         seconds = time.perf_counter() - self.clock.since  # after the wait: all the steps' kernels are in it
         speed = self.tokens / max(seconds, 1e-9)
         entry: dict[str, Any] = {
@@ -149,9 +158,13 @@ class Window:
             n = len(stats) * self.batches
             entry["train/load_balancing_loss"] = sum(s.balance_loss.item() for s in stats) / n
             entry["train/router_z_loss"] = sum(s.z_loss.item() for s in stats) / n
+            entry["train/router_loss"] = router_loss
             entry["router"] = summarize(stats, self.layers)
             for layer, fullest in zip(entry["router"], self.fullest_L.tolist(), strict=True):  # pyright: ignore[reportAttributeAccessIssue]
                 layer["fullest_over_mean"] = fullest / self.steps
+            for layer, bias_E in zip(entry["router"], self.biases, strict=False):
+                if bias_E is not None:
+                    layer["largest_bias"] = bias_E.abs().max().item()
         return entry
 
 

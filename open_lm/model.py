@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_lm.config.model import ModelConfig
+from open_lm.config.moe import MoEConfig
+from open_lm.config.moe_check import EXPERTS_CHOOSE
 from open_lm.loss import LinearLoss, linear_cross_entropy
 from open_lm.moe.layer import MoE, Tokens
 from open_lm.moe.placement import layer_config, moe_layers
 from open_lm.moe.stats import RouterStats
-from open_lm.nn.attention import LayerCache
+from open_lm.nn.attention import LayerCache, positions
 from open_lm.nn.block import Block
+from open_lm.nn.documents import Documents, find_documents
 from open_lm.nn.ffn import FFNS
 from open_lm.nn.init import initialize_
 from open_lm.nn.norm import NORMS
@@ -66,27 +69,34 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         *,
         real_BS: Tensor | None = None,
+        documents: Documents | None = None,
         caches: Sequence[LayerCache] | None = None,
         z_loss_coefficient: float = 0.0,
     ) -> Output:
         """Logits of each next token; or, given the targets, their loss without logits in memory.
 
         real_BS (bool) is False for padding, of which MoE layers take no notice; None: all tokens are real.
-        With caches, one per layer, the tokens follow those already there.
+        With `documents` attention and positions stay within each; with --document-attention they are looked for in
+        the tokens if not given. With caches, one per layer, the tokens follow those already there.
         """
-        x_BSD = self.embed(tokens_BS, caches[0].length if caches else 0)
+        if self.config.document_attention and documents is None and caches is None:
+            documents = documents_of(tokens_BS.cpu(), self.config, tokens_BS.device)
+        position_S = positions(tokens_BS, caches[0] if caches else None, documents)
+        x_BSD = self.embed(tokens_BS, position_S, caches[0].length if caches else 0)
         recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
         # once, not in every block: compiled blocks would compute each cosine anew for each batch and head
         first = self.layers[0]
         assert isinstance(first, Block)
-        table = first.attention.position_table(x_BSD, caches[0] if caches else None)
+        table = first.attention.position_table(position_S)
         about = Tokens(tokens_BS if self.config.moe.router == "hash" else None, real_BS)
         router_stats = []
         for layer, block in enumerate(self.layers):
             if recompute:
-                x_BSD, stats = checkpoint(block, x_BSD, None, table, about, use_reentrant=False)
+                x_BSD, stats = checkpoint(block, x_BSD, None, table, about, documents, use_reentrant=False)
             else:
-                x_BSD, stats = block(x_BSD, None if caches is None else caches[layer], table, about)
+                x_BSD, stats = block(
+                    x_BSD, None if caches is None else caches[layer], table, about, documents
+                )
             if stats is not None:
                 router_stats.append(stats)
         x_BSD = self.norm(x_BSD)
@@ -101,9 +111,9 @@ class Transformer(nn.Module):
         )
         return Output(None, tuple(router_stats), loss)
 
-    def embed(self, tokens_BS: Tensor, offset: int) -> Tensor:
-        """x_BSD, of which the first token stands at position `offset`. Raises ValueError for one beyond seq_len
-        where positions are learned."""
+    def embed(self, tokens_BS: Tensor, position_S: Tensor, offset: int) -> Tensor:
+        """x_BSD of tokens at positions (S,) or (B, S), behind `offset` others. Raises ValueError for texts beyond
+        seq_len where positions are learned."""
         x_BSD = self.tok_embeddings(tokens_BS)
         if self.pos_embeddings is not None:
             end, seq_len = offset + tokens_BS.shape[1], self.config.seq_len
@@ -112,7 +122,7 @@ class Transformer(nn.Module):
                     f"a text of {end} tokens, but the model has learned the positions of seq_len {seq_len}: "
                     "shorten it"
                 )
-            x_BSD = x_BSD + self.pos_embeddings(torch.arange(offset, end, device=tokens_BS.device))
+            x_BSD = x_BSD + self.pos_embeddings(position_S)
         return self.dropout(self.post_embed_norm(x_BSD))
 
     def tie_weights_(self) -> None:
@@ -125,6 +135,14 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)
         self.tie_weights_()
         return self
+
+
+def documents_of(tokens_BS: Tensor, config: ModelConfig, device: torch.device) -> Documents | None:
+    """Where the documents of tokens in host memory begin, on `device`; None unless --document-attention asks."""
+    if not config.document_attention:
+        return None
+    assert config.end_of_text is not None
+    return find_documents(tokens_BS, config.end_of_text % config.vocab_size).to(device)
 
 
 def build(config: ModelConfig, device: torch.device | str = "meta", seed: int = 0) -> Transformer:
@@ -142,7 +160,8 @@ class Count(NamedTuple):
 
     total: int
     active: int
-    """Those that one token uses: of each MoE layer's experts, top_k."""
+    """Those that one token uses: of each MoE layer's experts, top_k; where experts choose tokens, the mean of how
+    many choose it, which the capacity sets: top_k * capacity_factor."""
 
 
 def count_parameters(config: ModelConfig) -> Count:
@@ -150,7 +169,18 @@ def count_parameters(config: ModelConfig) -> Count:
     total = idle = 0
     for name, parameter in build(config).named_parameters():
         total += parameter.numel()
-        if ".experts.mlp." in name:
+        if is_of_experts(name):
             experts = parameter.shape[0]
-            idle += parameter.numel() // experts * (experts - config.moe.top_k)
+            used = min(experts_per_token(config.moe), experts)
+            idle += parameter.numel() - round(parameter.numel() / experts * used)
     return Count(total, total - idle)
+
+
+def is_of_experts(name: str) -> bool:
+    """Whether the parameter is a stack of one slice per expert."""
+    return ".experts.mlp." in name
+
+
+def experts_per_token(moe: MoEConfig) -> float:
+    """How many experts compute a token, drops not counted; in the mean, where experts choose."""
+    return moe.top_k * moe.capacity_factor if moe.router in EXPERTS_CHOOSE else moe.top_k

@@ -16,9 +16,11 @@ from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
 from open_lm.data.loader import Batch
 from open_lm.log import Log, logger
-from open_lm.loss import IGNORE_INDEX
+from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
-from open_lm.moe.stats import RouterStats, pack, router_loss
+from open_lm.model import documents_of
+from open_lm.moe.balance import update_bias_
+from open_lm.moe.stats import RouterStats, pack, router_loss, unpack
 from open_lm.optim import (
     LossScale,
     clip_,
@@ -30,7 +32,7 @@ from open_lm.optim import (
     update_,
 )
 from open_lm.parallel.mesh import World, sum_over_ranks_
-from open_lm.parallel.plan import autocast, no_sync
+from open_lm.parallel.plan import autocast, no_sync, routers
 
 MAX_SKIPS = 100  # non-finite steps in a row that end a run
 SCALE_STEPS = 16  # updates in a row that finding a fp16 loss scale may cost
@@ -50,6 +52,8 @@ def accumulate_gradients(
 ) -> StepResult:
     """Gradients of the whole batch's objective: mean cross-entropy over its tokens (+ z-loss), and the router
     losses as means over MoE layers and micro-batches. Equal to one large batch, whatever the slicing.
+
+    Padding (`real_positions`) is routed to no expert and counts in no router loss.
     """
     counts = torch.stack(((batch.targets_BS != IGNORE_INDEX).sum(), torch.tensor(batch.n_bad)))
     tokens, n_bad = sum_over_ranks_(counts).tolist()  # on the CPU: nothing waits
@@ -62,26 +66,62 @@ def accumulate_gradients(
     per_token = world.world_size / tokens
     sums: list[Tensor] = []
     stats: tuple[RouterStats, ...] = ()
-    micro_batches = list(
-        zip(*(to_device(x, world).split(plan.micro_sequences) for x in batch[:2]), strict=True)
-    )
-    for i, (tokens_BS, targets_BS) in enumerate(micro_batches):
+    chosen: list[Tensor] | None = None  # how often each expert was, so far
+    real_BS = real_positions(batch.targets_BS) if config.moe.enabled else None  # on the CPU, too
+    whole = [None if x is None else to_device(x, world) for x in (batch.tokens_BS, batch.targets_BS, real_BS)]
+    micro_batches = [
+        [None if x is None else x[first : first + plan.micro_sequences] for x in whole]
+        for first in range(0, len(batch.tokens_BS), plan.micro_sequences)
+    ]
+    documents = [documents_of(x, config, world.device) for x in batch.tokens_BS.split(plan.micro_sequences)]
+    for i, (tokens_BS, targets_BS, real_BS) in enumerate(micro_batches):
         with no_sync(model, i < len(micro_batches) - 1):
             with autocast(optim.precision, world.device):
-                output = model(tokens_BS, targets_BS, z_loss_coefficient=optim.z_loss_coefficient)
+                output = model(
+                    tokens_BS,
+                    targets_BS,
+                    real_BS=real_BS,
+                    documents=documents[i],
+                    z_loss_coefficient=optim.z_loss_coefficient,
+                )
             loss, stats = output.loss, output.router_stats
             objective = loss.objective_sum * per_token
+            of_router = torch.zeros((), device=world.device)
             if stats:
-                objective = objective + router_loss(stats, config.moe) / len(micro_batches)
+                if "global" in config.moe.losses:
+                    chosen = add_counts(chosen, stats)
+                of_router = router_loss(stats, config.moe, chosen)
+                objective = objective + of_router / len(micro_batches)
             clock.lap("forward_time")
             (objective * loss_scale).backward()
             clock.lap("backward_time")
-        sums.append(torch.cat((loss.sums(), pack(stats))) if stats else loss.sums())
+        of_router = of_router.detach().double()
+        sums.append(torch.cat((loss.sums(), of_router[None], *([pack(stats)] if stats else []))))
     flat = sum_over_ranks_(torch.stack(sums).sum(0))
     batches = len(micro_batches) * world.world_size
-    losses = torch.cat((flat[:2] / tokens, flat[2:3] / batches))
+    losses = torch.cat((flat[:2] / tokens, flat[2:4] / batches))
     clock.lap("sync_time")
-    return StepResult(losses, tokens, n_bad, flat[3:], stats, batches)
+    return StepResult(losses, tokens, n_bad, flat[4:], stats, batches)
+
+
+def add_counts(counts: Sequence[Tensor] | None, stats: Sequence[RouterStats]) -> list[Tensor]:
+    """`counts` of the micro-batches before, and those of `stats` over all ranks: one (E,) per MoE layer.
+
+    Collective, once per micro-batch. Their shares are a running mean over micro-batches (--moe-balance global).
+    """
+    own = [layer.choice_count_E.detach() for layer in stats]
+    everyones = sum_over_ranks_(torch.cat(own)).split([len(count_E) for count_E in own])
+    return [a + b for a, b in zip(counts, everyones, strict=True)] if counts else list(everyones)
+
+
+def balance_(model: nn.Module, result: StepResult, rate: float | Tensor) -> None:
+    """--moe-balance bias: each router's bias after a step, from the loads of its whole batch. No host sync.
+
+    All ranks have the same loads, so their biases stay equal.
+    """
+    for router, layer in zip(routers(model), unpack(result.router, result.like), strict=True):
+        if router.bias_E is not None:
+            update_bias_(router.bias_E, layer.count_E, rate)
 
 
 def to_device(tokens_BS: Tensor, world: World) -> Tensor:
@@ -153,7 +193,8 @@ def train(
     Every `averaged_loss_every` steps (0: never) the loss of the averages before the step, on its batch, is logged.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    window = Window(config, world, log_logit_mean)
+    biases = [router.bias_E for router in routers(model)]
+    window = Window(config, world, log_logit_mean, biases)
     clock = window.clock
     skips = Skips(progress.skipped_updates, world.device)
     show = log.progress(schedule.end_step, progress.step)
@@ -179,6 +220,8 @@ def train(
         if optim.grad_clip_norm is not None:
             clip_(parameters, norm, optim.grad_clip_norm)
         update_(optimizer, finite)
+        if "bias" in config.moe.balances:
+            balance_(model, result, config.moe.bias_rate * finite)
         for average in averages:
             average.step_()
         optimizer.zero_grad(set_to_none=True)

@@ -10,6 +10,7 @@ from open_lm.config import ModelConfig, ModelFlags, MoEConfig
 from open_lm.config.resolve import resolve_model
 from open_lm.flops import flops_per_token, peak_flops
 from open_lm.model import count_parameters
+from open_lm.moe.routers import ROUTERS
 
 # MFLOP per token, dense and with 8 experts in every second layer, worked out apart from this code
 MEGAFLOPS = {
@@ -64,6 +65,62 @@ def test_learned_positions_are_looked_up():
     assert flops_per_token(learned) == flops_per_token(BASE)
     assert flops_per_token(replace(learned, weight_tying=True)) == flops_per_token(BASE)
     assert count_parameters(learned).total == count_parameters(BASE).total + 20 * 32
+
+
+def parameters_by_hand(d, f, experts, used, *, bias=False):
+    """(Of an MoE layer's gelu experts those that are used, all) with the router."""
+    each = 2 * d * f + bias * (f + d)
+    return d * experts + used * each, d * experts + experts * each
+
+
+@pytest.mark.parametrize(
+    ("moe", "used"),
+    [
+        (MoEConfig(freq=1, num_experts=(4, 8), top_k=2, hidden_dim=24), 2),
+        (MoEConfig(freq=1, num_experts=(4, 8), top_k=2, hidden_dim=24, expert_bias=True), 2),
+        (
+            MoEConfig(
+                freq=1, num_experts=(4, 8), router="expert_choice", capacity_factor=0.75, hidden_dim=24
+            ),
+            1.5,
+        ),
+        (MoEConfig(layers=(1,), num_experts=8, hidden_dim=24), 2),
+        (MoEConfig(layer_pattern="[0]+[1]", num_experts=8, hidden_dim=24, shared_hidden_dim=10), 2),
+        (MoEConfig(freq=1, first_dense=1, num_experts=8, hidden_dim=24, residual=True), 2),
+        (MoEConfig(layers=(1,), num_experts=8, hidden_dim=24, dense_before=True, dense_after=True), 2),
+    ],
+    ids=[
+        "pyramid",
+        "biases",
+        "expert_choice",
+        "list",
+        "pattern, shared",
+        "first_dense, residual",
+        "sparse block",
+    ],
+)
+def test_counts_by_hand(monkeypatch, moe, used):
+    monkeypatch.setitem(ROUTERS, moe.router, ROUTERS["top_k"])  # only its name counts here
+    d, vocab, layers, length = 32, 64, 2, 16
+    config = ModelConfig(
+        dim=d, n_layers=layers, n_heads=2, seq_len=length, vocab_size=vocab, moe=moe,
+        model_norm="gain_only_layer_norm",
+    )  # fmt: skip
+    dense = 3 * d * config.swiglu_hidden_dim
+    sparse = 1 if moe.freq != 1 or moe.first_dense else 2
+    sizes = moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts,) * sparse
+    experts = [parameters_by_hand(d, 24, e, used, bias=moe.expert_bias) for e in sizes]
+    mixing = sparse * (2 * d * moe.shared_hidden_dim + moe.residual * (2 * d * 24 + 2 * d))
+    blocks = sparse * dense * (moe.dense_before + moe.dense_after)
+    products = layers * 4 * d * d + (layers - sparse) * dense + vocab * d + mixing + blocks
+    gains = d * (2 * layers + 1 + sparse * (moe.dense_before + moe.dense_after))
+    vectors = gains + sparse * (d + 2 * moe.residual)  # and the output biases, the coefficients'
+    active, total = (sum(pair[i] for pair in experts) + products + vocab * d + vectors for i in (0, 1))
+    assert count_parameters(config) == (total, active)
+    of_experts = sum(pair[0] - moe.expert_bias * used * (24 + d) for pair in experts)
+    assert flops_per_token(config) == pytest.approx(
+        6 * (products + of_experts + layers * length * d), rel=1e-12
+    )
 
 
 def test_peaks_are_of_the_devices_name():

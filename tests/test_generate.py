@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from open_lm.config import ModelConfig, MoEConfig
+from open_lm.config.moe import RouterName
 from open_lm.generate import generate
 from open_lm.model import build
+from open_lm.moe.routers import ROUTERS
 
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, seq_len=24, vocab_size=53)
 PROMPT = torch.tensor([[1, 2, 3], [50, 7, 7]])
@@ -40,6 +42,20 @@ def test_cache_equals_recomputing(options):
     assert text.shape == (2, 24)
     assert text.tolist() == recompute(model, PROMPT, 21).tolist()
     assert len(set(text[0].tolist())) > 4  # not one token for ever, which any cache would get right
+
+
+@pytest.mark.parametrize("router", [name for name in RouterName.__args__ if name in ROUTERS])
+@pytest.mark.parametrize("sequences", [1, 2])
+def test_every_router_generates(router, sequences):
+    """A token at a time: capacities of less than one row drop nobody, and experts that choose take one."""
+    moe = MoEConfig(freq=1, num_experts=4, router=router, top_k=2)
+    if router == "top_k":
+        moe = replace(moe, noise="rsample", jitter=0.5)
+    model = build(replace(CONFIG, moe=moe), "cpu", seed=3)
+    text = generate(model, PROMPT[:sequences], 5)
+    assert text.shape == (sequences, 8)
+    assert text.tolist() == generate(model, PROMPT[:sequences], 5).tolist()  # evaluation: no noise
+    assert model.training
 
 
 def test_sampling_follows_the_distribution():

@@ -6,6 +6,7 @@ file is executed when it is loaded. `save` and `load_…` are collective: every 
 touches the disk, and its error is raised on every rank.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,12 +39,13 @@ from open_lm.checkpoint.files import (
     temporary,
     write,
 )
-from open_lm.checkpoint.fit import read_weights
+from open_lm.checkpoint.fit import or_zeros, read_weights, tensors_of
 from open_lm.model import Transformer
 from open_lm.parallel.gather import gather, gather_objects, on_first_rank, spread_
 from open_lm.parallel.mesh import broadcast_object, this_rank
 from open_lm.parallel.plan import reshard_, unwrap
 
+logger = logging.getLogger("open_lm")
 __all__ = [
     "LATEST",
     "all_paths",
@@ -122,8 +124,13 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
     bare = unwrap(model)
     loaded = on_first_rank(lambda: read_weights(Path(path), bare))
     weights, rest = loaded if loaded else ({}, {})
-    for name, parameter in bare.named_parameters():
-        spread_(parameter, weights.get(name))
+    for name, tensor in tensors_of(bare).items():
+        spread_(tensor, or_zeros(weights, name, tensor) if loaded else None)
+    new = [name for name, _ in bare.named_buffers() if loaded and name not in weights]
+    if new:
+        logger.warning(
+            "%s was trained without --moe-balance bias: the routers' biases start at 0 (%s …)", path, new[0]
+        )
     return broadcast_object(rest)
 
 
@@ -191,7 +198,7 @@ def _spread_optimizer_(
         state = {}
         for key, (shape, dtype) in kinds.get(name, {}).items():
             if shape == parameter.shape:  # sharded as its parameter is
-                state[key] = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                state[key] = torch.empty_like(parameter, requires_grad=False)  # of its dtype, too
             else:
                 state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
             spread_(state[key], moments.get(name, {}).get(key))

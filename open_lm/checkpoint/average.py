@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from open_lm.averaging import Average
 from open_lm.checkpoint.files import paths_of, read
-from open_lm.checkpoint.fit import read_weights
+from open_lm.checkpoint.fit import or_zeros, read_weights, tensors_of
 from open_lm.config.averaging import Averager
 from open_lm.model import Transformer
 from open_lm.parallel.gather import gather, on_first_rank, spread_
@@ -100,9 +100,12 @@ def load_soup(paths: Sequence[str], coefficients: Sequence[float], model: nn.Mod
     reshard_(model)
     bare = unwrap(model)
     files = on_first_rank(lambda: [read_weights(Path(path), bare)[0] for path in paths])
-    for name, parameter in bare.named_parameters():
+    for name, tensor in tensors_of(bare).items():
         # one tensor at a time: the files are mapped, not read
-        spread_(parameter, weighted_sum([file[name] for file in files], coefficients) if files else None)
+        spread_(
+            tensor,
+            weighted_sum([or_zeros(file, name, tensor) for file in files], coefficients) if files else None,
+        )
 
 
 def weighted_sum(tensors: Sequence[Tensor], coefficients: Sequence[float]) -> Tensor:

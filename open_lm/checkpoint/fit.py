@@ -17,6 +17,7 @@ RENAMES = (
     (r"\.(feed_forward\.)?_ff_w1\.", ".feed_forward.0."),
     (r"\.(feed_forward\.)?_ff_w2\.", ".feed_forward.2."),
 )
+BIAS = ".router.bias_E"  # of --moe-balance bias; a checkpoint trained without it has none: zeros
 NO_WEIGHTS = r".*\.pos_embed\.inv_freq"  # open_lm's rotary tables
 
 
@@ -35,6 +36,16 @@ def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dic
     weights = rename(weights)
     check_fit(path, weights, model)
     return weights, rest
+
+
+def tensors_of(model: Transformer) -> dict[str, Tensor]:
+    """What a checkpoint fills, by name: the parameters, tied ones once, and the buffers."""
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def or_zeros(weights: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """`name`'s tensor; zeros for a router's bias that the file lacks."""
+    return weights[name] if name in weights else torch.zeros(like.shape)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -61,16 +72,25 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_fit(path: Path, weights: dict[str, Tensor], model: Transformer) -> None:
     """Raises one ValueError that lists what is missing, unexpected or of another shape, up to five of each."""
-    expected = dict(model.named_parameters())
+    expected = tensors_of(model)
     shared = [name for name in expected if name in weights]
     for name in shared:
         experts, others = expected[name].shape[0], weights[name].shape[0] if weights[name].ndim else 0
         if name.endswith(".router.layer.weight") and experts != others:
-            raise ValueError(f"--moe-num-experts {experts}, but {path} has {others} experts")
+            layer = name.removeprefix("layers.").split(".")[0]
+            raise ValueError(
+                f"--moe-num-experts {experts}, but {path} has {others} experts (in layer {layer})"
+            )
+    if dropped := sorted(name for name in weights if name.endswith(BIAS) and name not in expected):
+        raise ValueError(
+            f"{path} has biases that experts are selected by ({dropped[0]} …), which a model without --moe-balance "
+            "bias would drop: it would choose other experts. Add bias to --moe-balance; with --moe-bias-rate 0 "
+            "the biases stay as they are"
+        )
     aliases = model.state_dict(keep_vars=True)
     embedding = weights.get("tok_embeddings.weight")
     problems = {
-        "missing": [name for name in expected if name not in weights],
+        "missing": [name for name in expected if name not in weights and not name.endswith(BIAS)],
         "unexpected": [name for name in weights if name not in aliases],
         "of another shape": [
             f"{name} {tuple(weights[name].shape)}, in the model {tuple(expected[name].shape)}"
@@ -80,7 +100,7 @@ def check_fit(path: Path, weights: dict[str, Tensor], model: Transformer) -> Non
         "tied in the model but not in the file": [
             name
             for name, tensor in weights.items()
-            if name in aliases and name not in expected
+            if name in aliases and name not in expected  # so it is a parameter's second name
             if embedding is not None and not torch.equal(tensor, embedding)
         ],
     }

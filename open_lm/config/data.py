@@ -46,6 +46,9 @@ class DataConfig:
     """Token id: targets up to and including its last occurrence among them are ignored, in training and
     evaluation; all count in a sequence without it. A negative id counts from the vocabulary's end."""
 
+    document_loss_mask: bool = False
+    """The first token of a document, behind an --end-of-text, is no target: nothing says what comes next."""
+
     target_mask_individual: int | None = None
     """Token id (padding): never a target, in training and evaluation. Negative: from the vocabulary's end."""
 

@@ -107,6 +107,12 @@ class ModelFlags:
     attn_seq_scalar_alpha: float | None = None
     """For --attn-name custom_attn: alpha."""
 
+    end_of_text: int | None = None
+    """Token id that ends each document in packed sequences. Negative: from the vocabulary's end."""
+
+    document_attention: bool = False
+    """Attention and positions do not cross documents (--end-of-text tells them apart)."""
+
     experimental_meta_device: bool = False
     """Accepted: models are always built on the meta device and initialised block by block, shard by shard."""
 
@@ -176,6 +182,8 @@ class ModelConfig:
     attn_activation: AttentionActivation | None = None
     attn_seq_scalar: SequenceScalar | None = None
     attn_seq_scalar_alpha: float | None = None
+    end_of_text: int | None = None
+    document_attention: bool = False
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property

@@ -137,8 +137,8 @@ def _check_scores(moe: MoEConfig) -> None:
         raise ValueError(f"--moe-noise second_expert with --moe-top-k {moe.top_k}: there is no second expert")
     if moe.router in REMOVING and moe.top_k == 1:
         raise ValueError(
-            f"--moe-router {moe.router} with --moe-top-k 1: weights sum to one, so the only one is 1 and the "
-            "router would not learn from the output; use --moe-top-k 2 or more, or --moe-router top_k"
+            f"--moe-router {moe.router} with --moe-top-k 1: the one weight is 1 and the router would "
+            "not learn from the output; use --moe-top-k 2 or more, or --moe-router top_k"
         )
     to_one = {
         "--moe-normalize-weights": moe.normalize_weights,

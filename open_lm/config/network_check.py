@@ -51,6 +51,25 @@ def check_network(config: ModelConfig) -> None:
             "weights: use --attn-name torch_attn, or --attn-dropout 0"
         )
     _check_init(config)
+    _check_documents(config)
+
+
+def _check_documents(config: ModelConfig) -> None:
+    end = config.end_of_text
+    if end is not None and not -config.vocab_size <= end < config.vocab_size:
+        raise ValueError(
+            f"--end-of-text {end}: the model's vocabulary has the ids 0 … {config.vocab_size - 1} (-1 … "
+            f"-{config.vocab_size} count from its end)"
+        )
+    if not config.document_attention:
+        return
+    if end is None:
+        raise ValueError("--document-attention needs --end-of-text ID: which token ends a document")
+    if config.attn_name not in DROPS_WEIGHTS:
+        raise ValueError(
+            f"--document-attention, but --attn-name {config.attn_name} cannot keep documents apart: use "
+            "--attn-name torch_attn"
+        )
 
 
 def _check_heads(config: ModelConfig, sizes: Mapping[str, int | None]) -> None:

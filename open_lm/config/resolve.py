@@ -25,13 +25,15 @@ MODEL_FLAGS = ("model_norm", "ffn_type", "ffn_bias", "attn_bias", "qk_norm", "qk
                "rope_original_seq_len", "rope_llama3_low_freq", "rope_llama3_high_freq", "rope_yarn_beta_fast",
                "rope_yarn_beta_slow", "rope_yarn_mscale", "rope_yarn_mscale_all_dim", "dropout", "attn_dropout",
                "init_std", "init_scaled_outputs", "attn_name", "attn_activation", "attn_seq_scalar",
-               "attn_seq_scalar_alpha")  # fmt: skip
+               "attn_seq_scalar_alpha", "end_of_text", "document_attention")  # fmt: skip
 # What may differ between training and evaluation without making it another model.
-RUNTIME_FIELDS = {"attn_name", "dropout", "attn_dropout", "init_std", "init_scaled_outputs",
+RUNTIME_FIELDS = {"attn_name", "end_of_text", "dropout", "attn_dropout", "init_std", "init_scaled_outputs",
                   *(f"moe_{name}" for name in (
     "backend", "balance", "bias_rate", "capacity_factor", "capacity_per", "capacity_rounding", "drop_policy",
     "eval_capacity_factor", "eval_threshold", "init", "jitter", "loss_weight", "min_capacity", "noise",
     "pad_to_capacity", "z_loss_weight"))}  # fmt: skip
+# Numbers that --moe-balance reads.
+OF_BALANCE = ("moe_loss_weight", "moe_bias_rate")
 
 
 def model_names() -> list[str]:
@@ -133,6 +135,8 @@ def reconcile(
         if here == there:
             continue
         flag = sizes.get(name, name)
+        if name in OF_BALANCE and "moe_balance" in given:
+            continue  # they belong to the checkpoint's balancing, which a given one replaces
         if flag not in given:
             taken[name] = there
             notes.append(f"{_flag(flag) if flag == name else name}: {there}, from {path} (not {here})")

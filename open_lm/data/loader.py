@@ -151,6 +151,7 @@ class TrainData:
         global_batch: int,
         seed: int,
         cache: Cache | None = None,
+        end_of_text: int | None = None,
     ):
         if global_batch % world_size:
             raise ValueError(
@@ -161,7 +162,7 @@ class TrainData:
         self.config = config
         self.global_batch = global_batch
         self.seed = seed
-        self.masks = find_masks(config, vocab_size)
+        self.masks = find_masks(config, vocab_size, end_of_text)
         self.order: Order | None = None
         self.sources: list[Source] = []
         if config.dataset_type == "synthetic":
@@ -209,7 +210,8 @@ class TrainData:
 
         Without a mask it is what it was before there were masks: old checkpoints resume.
         """
-        masks = {"masks": self.masks._asdict()} if self.masks != NO_MASKS else {}
+        given = {k: v for k, v in self.masks._asdict().items() if k != "after" or v is not None}
+        masks = {"masks": given} if self.masks != NO_MASKS else {}
         return masks | {
             "sources": [{"sha256": source.sha256, "sequences": source.sequences} for source in self.sources],
             "weights": [str(weight) for weight in self.order.weights] if self.order else [],

@@ -22,12 +22,14 @@ class Masks(NamedTuple):
     """Never a target."""
     squash: bool = False
     """Tokens `left` themselves are taken out, and `individual` fills up at the right."""
+    after: int | None = None
+    """A target whose input is this token is ignored: a document ends with it."""
 
 
 NO_MASKS = Masks()
 
 
-def find_masks(config: DataConfig, vocab_size: int) -> Masks:
+def find_masks(config: DataConfig, vocab_size: int, end_of_text: int | None = None) -> Masks:
     """The masks of the flags. A negative id counts from the vocabulary's end, as in open_lm: -1 is its last.
 
     ValueError: ids outside the vocabulary, or both the same.
@@ -47,7 +49,10 @@ def find_masks(config: DataConfig, vocab_size: int) -> Masks:
             f"--target-mask-left {config.target_mask_left} and --target-mask-individual "
             f"{config.target_mask_individual} are the same token of {vocab_size}: give two"
         )
-    return Masks(left, individual, config.squash_mask_left)
+    if config.document_loss_mask and end_of_text is None:
+        raise ValueError("--document-loss-mask needs --end-of-text ID: which token ends a document")
+    after = end_of_text % vocab_size if config.document_loss_mask and end_of_text is not None else None
+    return Masks(left, individual, config.squash_mask_left, after)
 
 
 def divide(tokens_BL: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
@@ -60,6 +65,8 @@ def divide(tokens_BL: Tensor, masks: Masks = NO_MASKS) -> tuple[Tensor, Tensor]:
     if masks.left is not None:
         to_come_BS = (targets_BS == masks.left).flip(-1).cumsum(-1).flip(-1)  # here or further right
         targets_BS[to_come_BS > 0] = IGNORED
+    if masks.after is not None:
+        targets_BS[inputs_BS == masks.after] = IGNORED
     if masks.squash:
         assert masks.left is not None
         assert masks.individual is not None

@@ -15,7 +15,8 @@ from open_lm.config.eval import EvalConfig
 from open_lm.config.optim import PrecisionName
 from open_lm.data.loader import ValData
 from open_lm.eval.bootstrap import interval
-from open_lm.loss import IGNORE_INDEX
+from open_lm.loss import IGNORE_INDEX, real_positions
+from open_lm.model import documents_of
 from open_lm.parallel.gather import gather_alike
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, compiled, reshard_, unwrap
@@ -38,8 +39,8 @@ def evaluate(
     depend on the number of ranks, even where experts have a capacity. Returns loss (nats per token),
     perplexity, tokens, sequences, skipped_sequences (bad ones), seconds and speeds, of a mixture of experts the
     dropped share of all assignments and, where `config` asks for them, the ends of bootstrap intervals, by
-    open_lm's names; the same on all ranks. Raises ValueError if there
-    is not one token to predict.
+    open_lm's names; the same on all ranks. Padding is routed to no expert. Raises ValueError if there is not one
+    token to predict.
 
     --val-tok-ci keeps every token's loss, 4 bytes each (8 for a moment), in rank 0's main memory; the losses of
     a round of batches are gathered on its device.
@@ -47,7 +48,8 @@ def evaluate(
     config = config or EvalConfig()
     was_training = model.training
     model.eval()
-    seq_len = unwrap(model).config.seq_len
+    model_config = unwrap(model).config
+    seq_len = model_config.seq_len
     # nll, tokens, sequences, skipped sequences, batches, seconds of waiting for data, assignments, dropped ones
     sums = torch.zeros(8, dtype=torch.float64, device=world.device)
     losses = Losses(config)
@@ -62,10 +64,17 @@ def evaluate(
                 with autocast(precision, world.device), compiled(False):
                     model(torch.zeros(1, seq_len, dtype=torch.long, device=world.device))
             else:
+                real_BS = real_positions(batch.targets_BS) if model_config.moe.enabled else None
+                real_BS = None if real_BS is None else real_BS.to(world.device)
                 targets_BS = batch.targets_BS.to(world.device)
                 # a last, smaller batch is not worth compiling every block anew
                 with autocast(precision, world.device), compiled(len(targets_BS) == batch_sequences):
-                    output = model(batch.tokens_BS.to(world.device), targets_BS)
+                    output = model(
+                        batch.tokens_BS.to(world.device),
+                        targets_BS,
+                        real_BS=real_BS,
+                        documents=documents_of(batch.tokens_BS, unwrap(model).config, world.device),
+                    )
                 counted_BS = targets_BS != IGNORE_INDEX
                 nll = output.loss.nll_BS
                 sums[0] += nll.double().sum()

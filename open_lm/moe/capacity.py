@@ -122,6 +122,7 @@ def pad_to_capacity(routing: Routing, capacity: int) -> Routing:
         count_E=torch.full_like(routing.count_E, capacity).reshape(E),
         row_TK=None,
         input_weight_R=None if scale_R is None else torch.where(filled_R, scale_R[row_R], 1.0),
+        rows_per_expert=capacity,
     )
 
 
@@ -164,4 +165,4 @@ def _choice_of_row(routing: Routing) -> Tensor:
     row_TK = routing.row_TK
     assert row_TK is not None, "tokens choose in no order here"
     choice_TK = torch.arange(row_TK.shape[1], device=row_TK.device).expand_as(row_TK)
-    return torch.empty_like(routing.token_R).scatter_(0, row_TK.flatten(), choice_TK.flatten())
+    return torch.empty_like(routing.token_R).scatter(0, row_TK.flatten(), choice_TK.flatten())

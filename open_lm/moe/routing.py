@@ -29,6 +29,7 @@ class Routing(NamedTuple):
     # int64: the experts that a token chooses, best first, before bias, groups and drops: what those losses count;
     # None: the rows themselves, as far as they are in no order of preference
     input_weight_R: Tensor | None = None  # float32: multiplies each row's input; None: ones
+    rows_per_expert: int = 0  # R / E, known to the host, where every expert has as many; 0: they differ
 
 
 class Context(NamedTuple):
@@ -64,7 +65,7 @@ def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, **mo
         count_E=end_E.diff(prepend=end_E.new_zeros(1)),
         logits_TE=logits_TE,
         row_TK=invert(order_R).view(T, K),
-        **more,
+        **more,  # type: ignore[arg-type]
     )
 
 
@@ -95,6 +96,7 @@ def keep(routing: Routing, kept_R: Tensor) -> Routing:
         count_E=kept_until_R1[end_E].diff(prepend=end_E.new_zeros(1)),
         row_TK=None if routing.row_TK is None else place_R[routing.row_TK],
         input_weight_R=None if scale_R is None else scale_R.gather(0, order_R),
+        rows_per_expert=0,
     )
 
 
@@ -109,4 +111,4 @@ def normalize(routing: Routing, eps: float) -> Routing:
 def invert(permutation_R: Tensor) -> Tensor:
     """The inverse of a permutation of 0…R-1."""
     rows_R = torch.arange(permutation_R.numel(), device=permutation_R.device)
-    return torch.empty_like(permutation_R).scatter_(0, permutation_R, rows_R)
+    return torch.empty_like(permutation_R).scatter(0, permutation_R, rows_R)

@@ -5,6 +5,7 @@ values, each shared by H / G queries, and V their values' width, where these are
 The S queries are the last S of the T positions; without a cache S = T.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,12 +13,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 
 from open_lm.config.model import ModelConfig
+from open_lm.nn.documents import Documents
 from open_lm.nn.norm import NORMS
 from open_lm.nn.rotary import Table, make_position
 
 Attend = Callable[..., Tensor]
+HAS_WINDOW = "window_size" in inspect.signature(varlen.varlen_attn).parameters
 
 
 class LayerCache:
@@ -53,16 +57,37 @@ def share_heads(x_BTGK: Tensor, heads: int) -> Tensor:
     return x_BTGK.repeat_interleave(heads // x_BTGK.shape[2], dim=2)
 
 
+def positions(x_BSD: Tensor, cache: LayerCache | None, documents: Documents | None) -> Tensor:
+    """position_S of the tokens, int64, behind those in the cache; or position_BS within their documents."""
+    if documents is not None:
+        return documents.position_BS
+    offset = 0 if cache is None else cache.length
+    return torch.arange(offset, offset + x_BSD.shape[1], device=x_BSD.device)
+
+
 def torch_attn(
-    q_BSHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, causal: bool, dropout: float = 0.0
+    q_BSHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    *,
+    causal: bool,
+    dropout: float = 0.0,
+    documents: Documents | None = None,
 ) -> Tensor:
     """o_BSHV = softmax(q k^T / sqrt(K)) v by torch's scaled_dot_product_attention.
 
-    Of the weights a share `dropout` is set to 0, the rest divided by 1 - dropout.
+    Of the weights a share `dropout` is set to 0, the rest divided by 1 - dropout. With `documents` (self-attention
+    without a cache) a query sees its own document alone, by a kernel that skips the rest if there is one.
     """
     queries, keys = q_BSHK.shape[1], k_BTGK.shape[1]
     mask_ST = None
-    if causal and 1 < queries < keys:  # is_causal=True would align the corner of position 0 instead
+    if documents is not None:
+        if can_skip(q_BSHK, v_BTGV) and not dropout:
+            return varlen_attn(q_BSHK, k_BTGK, v_BTGV, documents)
+        number_BS = documents.number_BS()
+        mask_ST = causal_mask(queries, keys, q_BSHK.device) & (number_BS[:, :, None] == number_BS[:, None])
+        mask_ST, causal = mask_ST[:, None], False
+    elif causal and 1 < queries < keys:  # is_causal=True would align the corner of position 0 instead
         mask_ST = causal_mask(queries, keys, q_BSHK.device)
     o_BHSV = F.scaled_dot_product_attention(
         q_BSHK.transpose(1, 2),
@@ -74,6 +99,30 @@ def torch_attn(
         enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
     )
     return o_BHSV.transpose(1, 2)
+
+
+def can_skip(q_BSHK: Tensor, v_BTGV: Tensor) -> bool:
+    """Whether flash attention of documents is to be had: CUDA, 16 bits, equal widths."""
+    wide = q_BSHK.shape[-1] == v_BTGV.shape[-1] <= 256 and q_BSHK.shape[-1] % 8 == 0
+    return q_BSHK.is_cuda and q_BSHK.dtype in (torch.float16, torch.bfloat16) and wide
+
+
+def varlen_attn(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Documents) -> Tensor:
+    """o_BSHK: causal attention within each document, whose costs grow with the documents' lengths alone."""
+    length = q_BSHK.shape[1]
+    k_BSHK, v_BSHK = (share_heads(x, q_BSHK.shape[2]) for x in (k_BSGK, v_BSGK))
+    # torch 2.11 and newer say it differently
+    causal = {"window_size": (-1, 0)} if HAS_WINDOW else {"is_causal": True}
+    o_THK = varlen.varlen_attn(
+        *(x.flatten(0, 1) for x in (q_BSHK, k_BSHK, v_BSHK)),
+        documents.edge_N,
+        documents.edge_N,
+        length,
+        length,
+        **causal,
+    )
+    assert isinstance(o_THK, Tensor)
+    return o_THK.view_as(q_BSHK)
 
 
 def load_xformers(device: torch.device) -> Any:
@@ -203,16 +252,22 @@ class Attention(nn.Module):
         self.attend = make_attention(config)
         self.dropout = {"dropout": config.attn_dropout} if config.attn_dropout else {}
 
-    def position_table(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Table:
-        """What `forward` turns queries and keys by; the same for all layers."""
-        return self.position.table(0 if cache is None else cache.length, x_BSD.shape[1], x_BSD.device)
+    def position_table(self, position_S: Tensor) -> Table:
+        """What `forward` turns queries and keys by, at positions (S,) or (B, S); the same for all layers."""
+        return self.position.table(position_S)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None, table: Table = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cache: LayerCache | None = None,
+        table: Table = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """x_BSD → x_BSD. With a cache, the S tokens follow those already in it, and join them.
 
         `table` spares making the `position_table` anew.
         """
-        table = table or self.position_table(x_BSD, cache)
+        table = table or self.position_table(positions(x_BSD, cache, documents))
         q, k, v = self.in_proj(x_BSD).split(self.widths, dim=-1)
         q_BSHK, k_BSGK = self.normed_heads(q, self.q_norm), self.normed_heads(k, self.k_norm)
         v_BSGK = v.unflatten(-1, (-1, self.head_dim))
@@ -221,8 +276,10 @@ class Attention(nn.Module):
         q_BSHK, k_BTGK, v_BTGK = q_BSHK.to(v.dtype), k_BSGK.to(v.dtype), v_BSGK
         if cache is not None:
             k_BTGK, v_BTGK = cache.extend_(k_BTGK, v_BTGK)
-        dropout = self.dropout if self.training else {}
-        return self.out_proj(self.attend(q_BSHK, k_BTGK, v_BTGK, causal=True, **dropout).flatten(2))
+        options = self.dropout if self.training else {}
+        if documents is not None:
+            options = options | {"documents": documents}
+        return self.out_proj(self.attend(q_BSHK, k_BTGK, v_BTGK, causal=True, **options).flatten(2))
 
     def normed_heads(self, x: Tensor, norm: nn.Module) -> Tensor:
         """(B, S, heads * K) → (B, S, heads, K), each head normalised, or before the cut all together."""

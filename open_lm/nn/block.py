@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
 from open_lm.nn.attention import Attention, LayerCache
+from open_lm.nn.documents import Documents
 from open_lm.nn.ffn import FFNS
 from open_lm.nn.latent_attention import LatentAttention
 from open_lm.nn.norm import NORMS
@@ -36,10 +37,15 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_BSD: Tensor, cache: LayerCache | None = None, table: Table = None, tokens: Any = None
+        self,
+        x_BSD: Tensor,
+        cache: LayerCache | None = None,
+        table: Table = None,
+        tokens: Any = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Any]:
         """Returns x_BSD and the router's statistics, None in a dense block."""
-        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cache, table))
+        x_BSD = x_BSD + self.dropout(self.attention(self.attention_norm(x_BSD), cache, table, documents))
         if not self.sparse:
             return x_BSD + self.dropout(self.feed_forward(self.ffn_norm(x_BSD))), None
         if self.dense_before is not None:

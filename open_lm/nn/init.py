@@ -10,12 +10,14 @@ d: model width, h: hidden width of an FFN or expert, l: layer, counted from 0.
     feed_forward, out of h (w3, 2, down_proj)     "  1/sqrt(2 h (l+1))
     router, experts                               normal, std .02 (MegaBlocks' and so open_lm's)
     experts with --moe-init scaled                as the dense FFN's
+    mixing.shared, mixing.mlp (w1, v1, w2)        as the experts
+    mixing.gate, mixing.coefficient               as the router
     norms' gains                                  1
-    all biases                                    0 (open_lm left gemma_geglu's at nn.Linear's default)
+    all biases, also b1, c1, b2, router.bias_E    0 (open_lm left gemma_geglu's at nn.Linear's default)
 
 With --init-std s every weight above but the gains is normal with std s, not truncated: embeddings, routers and
-experts too. With --init-scaled-outputs attention.out_proj, the FFNs' w3, 2, down_proj and the experts' w2 have
-s / sqrt(2 L) in a model of L layers, not less with depth (GPT-2, Megatron).
+experts too. With --init-scaled-outputs attention.out_proj, the FFNs' w3, 2, down_proj and the experts' and
+mixing's w2 have s / sqrt(2 L) in a model of L layers, not less with depth (GPT-2, Megatron).
 """
 
 import hashlib
@@ -73,15 +75,16 @@ DENSE: tuple[tuple[str, Fill], ...] = (
     (r".*\.feed_forward\.(w12|0|gate_proj|up_proj)\.weight", _into),
     (r".*\.feed_forward\.(w3|2|down_proj)\.weight", _out_of_ffn),
     (r"(.*\.)?(norm|\w+_norm)\.weight", _ones),
-    (r".*\.router\.layer\.weight", _megablocks),
-    (r".*bias", _zeros),
+    (r".*\.(router\.layer|mixing\.gate|mixing\.coefficient)\.weight", _megablocks),
+    (r".*(bias|\.experts\.mlp\.(b1|c1|b2))", _zeros),
 )
+MLP = r".*\.(experts\.mlp|mixing\.(shared|mlp))"
 EXPERTS: dict[str, tuple[tuple[str, Fill], ...]] = {
-    "open_lm": ((r".*\.experts\.mlp\.(w1|v1|w2)", _megablocks),),
-    "scaled": ((r".*\.experts\.mlp\.(w1|v1)", _into), (r".*\.experts\.mlp\.w2", _out_of_ffn)),
+    "open_lm": ((MLP + r"\.(w1|v1|w2)(\.weight)?", _megablocks),),
+    "scaled": ((MLP + r"\.(w1|v1)(\.weight)?", _into), (MLP + r"\.w2(\.weight)?", _out_of_ffn)),
 }
 # Projections back to the model's width, for --init-scaled-outputs
-OUTPUTS = r".*\.(out_proj|feed_forward\.(w3|2|down_proj))\.weight|.*\.experts\.mlp\.w2"
+OUTPUTS = r".*\.(out_proj|feed_forward\.(w3|2|down_proj))\.weight|" + MLP + r"\.w2(\.weight)?"
 
 
 @torch.no_grad()
@@ -104,6 +107,9 @@ def initialize_(module: nn.Module, config: ModelConfig, seed: int, prefix: str =
         drawn = torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
         fill(drawn, make_stream(seed, name, parameter.device), config.dim, hidden, layer)
         parameter.copy_(drawn)
+    for name, buffer in module.named_buffers():
+        if name.endswith("bias_E"):  # to_empty leaves whatever was in memory
+            buffer.zero_()
 
 
 def _plain(name: str, config: ModelConfig, std: float) -> Fill:

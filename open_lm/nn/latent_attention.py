@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.config.model import ModelConfig
-from open_lm.nn.attention import LayerCache, make_attention
+from open_lm.nn.attention import LayerCache, make_attention, positions
+from open_lm.nn.documents import Documents
 from open_lm.nn.norm import NORMS
 from open_lm.nn.rope_scaling import score_factor
 from open_lm.nn.rotary import Table, make_position
@@ -42,16 +43,22 @@ class LatentAttention(nn.Module):
         self.score_factor = score_factor(config)
         self.dropout = {"dropout": config.attn_dropout} if config.attn_dropout else {}
 
-    def position_table(self, x_BSD: Tensor, cache: LayerCache | None = None) -> Table:
-        """What `forward` turns queries and keys by; the same for all layers."""
-        return self.position.table(0 if cache is None else cache.length, x_BSD.shape[1], x_BSD.device)
+    def position_table(self, position_S: Tensor) -> Table:
+        """What `forward` turns queries and keys by, at positions (S,) or (B, S); the same for all layers."""
+        return self.position.table(position_S)
 
-    def forward(self, x_BSD: Tensor, cache: LayerCache | None = None, table: Table = None) -> Tensor:
+    def forward(
+        self,
+        x_BSD: Tensor,
+        cache: LayerCache | None = None,
+        table: Table = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """x_BSD → x_BSD. With a cache, the S tokens follow those already in it, and join them.
 
         The cache holds L + R numbers per position, of which keys and values are made anew in every call.
         """
-        table = table or self.position_table(x_BSD, cache)
+        table = table or self.position_table(positions(x_BSD, cache, documents))
         latent_BSL, k_BSR = self.kv_a_proj(x_BSD).split(self.latent_parts, dim=-1)
         q_BSHN, q_BSHR = self.queries(x_BSD).unflatten(-1, (-1, sum(self.qk_parts))).split(self.qk_parts, -1)
         q_BSHR, k_BS1R = self.position(q_BSHR, k_BSR[:, :, None], table)
@@ -65,8 +72,10 @@ class LatentAttention(nn.Module):
         k_BTHK = torch.cat((k_BTHN, k_BT1R.expand(-1, -1, k_BTHN.shape[2], -1).to(k_BTHN.dtype)), dim=-1)
         if self.score_factor != 1:
             q_BSHK = q_BSHK * self.score_factor
-        dropout = self.dropout if self.training else {}
-        return self.out_proj(self.attend(q_BSHK, k_BTHK, v_BTHV, causal=True, **dropout).flatten(2))
+        options = self.dropout if self.training else {}
+        if documents is not None:
+            options = options | {"documents": documents}
+        return self.out_proj(self.attend(q_BSHK, k_BTHK, v_BTHV, causal=True, **options).flatten(2))
 
     def queries(self, x_BSD: Tensor) -> Tensor:
         """(B, S, H * K), through a latent of their own where there is one."""

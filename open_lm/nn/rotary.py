@@ -14,7 +14,7 @@ from open_lm.config.model import ModelConfig
 from open_lm.nn.rope_scaling import SCALINGS
 
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
-Table = tuple[Tensor, Tensor] | None  # cosines and sines, which broadcast to (S, H, J)
+Table = tuple[Tensor, Tensor] | None  # cosines and sines, which broadcast to (B, S, H, J)
 
 
 def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
@@ -25,10 +25,10 @@ def frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, floa
 
 
 def rotation(position_P: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos_PJ and sin_PJ of the angles position * frequency, fp32 always."""
+    """cos_PJ and sin_PJ of the angles position * frequency, fp32 always; P may be several axes."""
     frequency_J, factor = frequencies(config, position_P.device)
     # In half precision neighbouring positions above 256 would have one angle.
-    angle_PJ = position_P.float()[:, None] * frequency_J
+    angle_PJ = position_P.float()[..., None] * frequency_J
     return angle_PJ.cos() * factor, angle_PJ.sin() * factor
 
 
@@ -52,10 +52,10 @@ class Rotary(nn.Module):
         self.config = config
         self.rotate = rotate
 
-    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
-        """For queries and keys of which the first stands at position `offset`."""
-        cos_SJ, sin_SJ = rotation(torch.arange(offset, offset + tokens, device=device), self.config)
-        return cos_SJ[:, None], sin_SJ[:, None]
+    def table(self, position_S: Tensor) -> Table:
+        """For queries and keys at these positions, (S,) for all rows or (B, S)."""
+        cos_SJ, sin_SJ = rotation(position_S, self.config)
+        return cos_SJ[..., None, :], sin_SJ[..., None, :]
 
     def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         assert table is not None
@@ -72,8 +72,8 @@ class HeadRotary(nn.Module):
         super().__init__()
         self.config = config
 
-    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
-        return rotation(torch.arange(self.config.n_heads, device=device), self.config)
+    def table(self, position_S: Tensor) -> Table:
+        return rotation(torch.arange(self.config.n_heads, device=position_S.device), self.config)
 
     def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         assert table is not None
@@ -83,7 +83,7 @@ class HeadRotary(nn.Module):
 class NoPosition(nn.Module):
     """Leaves queries and keys as they are: order is known from the causal mask or learned positions."""
 
-    def table(self, offset: int, tokens: int, device: torch.device) -> Table:
+    def table(self, position_S: Tensor) -> Table:
         return None
 
     def forward(self, q_BSHK: Tensor, k_BSHK: Tensor, table: Table) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.optim import PrecisionName
 from open_lm.model import Transformer, build
+from open_lm.moe.router import Router
 from open_lm.nn.init import initialize_
 from open_lm.parallel.mesh import World
 
@@ -62,7 +64,10 @@ def parallelize(
             # not block.compile(): FSDP's hooks must stay outside of the graph
             block.forward = torch.compile(block.forward)
         if distributed.fsdp:
-            fully_shard(block, reshard_after_forward=not distributed.fsdp_hybrid_o2, **sharding)
+            in_block: dict[str, Any] = sharding | {"reshard_after_forward": not distributed.fsdp_hybrid_o2}
+            if dtype is not None or sharding["mp_policy"].param_dtype is not None:
+                _shard_routers_(block, in_block)
+            fully_shard(block, **in_block)
     if meta:
         for name, child in model.named_children():
             if child is not model.layers:
@@ -78,11 +83,18 @@ def parallelize(
             _cast_in_forward_(unit, torch.float16)
     if world.world_size == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        static_graph=distributed.ddp_static_graph,
-        gradient_as_bucket_view=True,
-    )
+    options: dict[str, Any] = {
+        "static_graph": distributed.ddp_static_graph,
+        "gradient_as_bucket_view": True,
+        _buffers_flag(): False,  # the only buffers, the routers' biases, are computed alike on all ranks
+    }
+    return DistributedDataParallel(model, **options)
+
+
+def _buffers_flag() -> str:
+    """DDP's option to broadcast buffers before each forward pass, which torch has renamed."""
+    new = "forward_sync_buffers"
+    return new if new in signature(DistributedDataParallel).parameters else "broadcast_buffers"
 
 
 def _mixed_precision(distributed: DistributedConfig, precision: PrecisionName) -> MixedPrecisionPolicy:
@@ -115,6 +127,18 @@ def _offload(distributed: DistributedConfig, device: torch.device) -> OffloadPol
     return CPUOffloadPolicy() if offload else OffloadPolicy()
 
 
+def _shard_routers_(block: nn.Module, sharding: dict[str, Any]) -> None:
+    """Gathers the weights of the block's router in fp32, where the others are gathered in 16 bits.
+
+    A unit by itself, as one unit has one dtype. It costs one more all-gather, of d x E numbers, per MoE layer and
+    pass, and one more reduce-scatter; --torchcompile compiles the parts before and after the router apart.
+    """
+    in_fp32: dict[str, Any] = sharding | {"mp_policy": MixedPrecisionPolicy()}
+    for module in block.modules():
+        if isinstance(module, Router):
+            fully_shard(module, **in_fp32)
+
+
 def _materialize_(
     module: nn.Module,
     prefix: str,
@@ -126,11 +150,23 @@ def _materialize_(
     module.to_empty(device=device)
     initialize_(module, config, seed, prefix)
     if dtype is not None:
-        module.to(dtype)
+        for owner in _all_but_routers(module):
+            for parameter in owner.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
+
+
+def _all_but_routers(module: nn.Module) -> Iterator[nn.Module]:
+    """`module` and what is inside of it, as far as a run in 16 bits casts it. Routers stay in fp32: in 16 bits
+    close scores would tie, and the choice between them be arbitrary."""
+    if isinstance(module, Router):
+        return
+    yield module
+    for child in module.children():
+        yield from _all_but_routers(child)
 
 
 def _cast_in_forward_(module: nn.Module, dtype: torch.dtype) -> None:
-    """Lets `module` compute with casts of its parameters; gradients arrive at these in their own dtype.
+    """Lets `module` compute with casts of its parameters, but for routers'; gradients arrive in their own dtype.
 
     Inside of the module's forward, so that a recomputation (grad checkpointing) casts again.
     """
@@ -147,7 +183,7 @@ def _cast_in_forward_(module: nn.Module, dtype: torch.dtype) -> None:
 def _parameters_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     held = [
         (owner, name, parameter)
-        for owner in module.modules()
+        for owner in _all_but_routers(module)
         for name, parameter in owner._parameters.items()
         if parameter is not None
     ]
@@ -178,6 +214,11 @@ def unwrap(model: nn.Module) -> Transformer:
         model = model.module
     assert isinstance(model, Transformer)
     return model
+
+
+def routers(model: nn.Module) -> list[Router]:
+    """Those of the MoE layers, lowest layer first."""
+    return [module for module in unwrap(model).modules() if isinstance(module, Router)]
 
 
 @contextmanager

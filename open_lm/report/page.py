@@ -147,23 +147,31 @@ def router_section(run: Run) -> str:
     layers = [layer["layer"] for layer in lines[-1]["router"]]
 
     def values(position: int, key: str) -> list[tuple[float, Any]]:
-        return [(line["tokens"], line["router"][position][key]) for line in lines]
+        found = [(line["tokens"], line["router"][position]) for line in lines]
+        return [(tokens, layer[key]) for tokens, layer in found if key in layer]
 
     maps = []
     for position, layer in enumerate(layers):
         title = f"Layer {layer}: share of the assignments by expert"
         chart = heat_map(title, values(position, "share"), x_label="tokens")
         maps.append(f"<figure><figcaption>Layer {layer}</figcaption>{chart}</figure>")
-    experts = len(lines[-1]["router"][0]["share"])
+    experts = {len(layer["share"]) for layer in lines[-1]["router"]}
+    undecided = (math.log(max(experts)), f"log {max(experts)}: undecided") if len(experts) == 1 else None
     small = []
     for title, key, reference, write in (
-        ("Router entropy, nats", "entropy", (math.log(experts), f"log {experts}: undecided"), short),
+        ("Router entropy, nats", "entropy", undecided, short),
         ("Fullest expert over the mean (1: balanced)", "fullest_over_mean", (1.0, ""), short),
         ("Dropped share", "dropped_share", None, lambda value: f"{100 * value:.3g}%"),
         ("Dead experts", "dead_experts", None, lambda value: f"{value:.0f}" if value % 1 == 0 else ""),
     ):
         series = [Series(f"layer {n}", i, values(i, key)) for i, n in enumerate(layers)]
         small.append(small_chart(title, series, reference=reference, from_zero=True, y_format=write))
+    if any("largest_bias" in layer for line in lines for layer in line["router"]):
+        series = [Series(f"layer {n}", i, values(i, "largest_bias")) for i, n in enumerate(layers)]
+        small.append(small_chart("Largest bias of an expert", series, from_zero=True))
+    if run.curve("train/router_loss"):
+        series = [Series("in the objective", 0, run.curve("train/router_loss"))]
+        small.append(small_chart("Router losses, weighted", series, from_zero=True))
     return (
         f"<h2>Experts of {escape(run.name)}</h2>"
         '<p class="note">Share of the assignments that each expert receives, before any is dropped. No colour: '
@@ -176,7 +184,9 @@ def router_section(run: Run) -> str:
 
 def layer_rows(layers: Sequence[dict[str, Any]]) -> str:
     """Table rows: the last statistics of each MoE layer."""
-    heads = ("last logged", "entropy, nats", "fullest over mean", "dropped", "dead experts")
+    heads = ["last logged", "entropy, nats", "fullest over mean", "dropped", "dead experts"]
+    biased = any("largest_bias" in layer for layer in layers)
+    heads += ["largest bias"] * biased
     rows = ["<tr>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>"]
     for layer in layers:
         experts = len(layer["share"])
@@ -186,6 +196,7 @@ def layer_rows(layers: Sequence[dict[str, Any]]) -> str:
             f"{layer['fullest_over_mean']:.2f}",
             f"{layer['dropped_share']:.1%}",
             f"{layer['dead_experts']} of {experts}",
+            *([f"{layer.get('largest_bias', 0.0):.3g}"] * biased),
         )
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     return "".join(rows)

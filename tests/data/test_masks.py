@@ -50,7 +50,7 @@ def test_by_hand(masks, sequence, inputs, targets):
 
 def test_ids_count_from_the_end_as_in_open_lm():
     config = DataConfig(target_mask_left=-1, target_mask_individual=3, squash_mask_left=True)
-    assert find_masks(config, 100) == (99, 3, True)
+    assert find_masks(config, 100) == (99, 3, True, None)
     assert find_masks(DataConfig(), 100) == NO_MASKS
     for name, value in (("target_mask_left", 100), ("target_mask_individual", -101)):
         flag = "--" + name.replace("_", "-")

@@ -120,6 +120,49 @@ def test_one_std_for_all(config, scaled):
     assert outputs == 6
 
 
+def test_one_std_for_what_is_mixed_in():
+    moe = replace(SPARSE.moe, residual=True, shared_hidden_dim=320)
+    parameters = fill(replace(SPARSE, moe=moe, init_std=0.1, init_scaled_outputs=True))
+    for name in ("shared.w1", "shared.v1", "shared.w2", "mlp.w2", "coefficient"):
+        x = parameters[f"layers.2.feed_forward.mixing.{name}.weight"]
+        std = 0.1 / 6**0.5 if name.endswith("w2") else 0.1
+        assert x.std().item() == pytest.approx(std, rel=5 / (2 * x.numel()) ** 0.5), name
+
+
+@pytest.mark.parametrize("init", ["open_lm", "scaled"])
+def test_all_that_a_layer_may_have(init):
+    moe = replace(
+        SPARSE.moe, init=init, expert_bias=True, residual=True, shared_hidden_dim=320, shared_mix="gate",
+        dense_before=True, dense_after=True, balance=("bias",),
+    )  # fmt: skip
+    model = build(replace(SPARSE, moe=moe))
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for buffer in model.buffers():
+            buffer.fill_(9)  # what memory may hold
+    initialize_(model, replace(SPARSE, moe=moe), 0)
+    assert [(len(b), b.abs().max().item()) for b in model.buffers()] == [(4, 0), (4, 0)]
+    layer = model.layers[2].feed_forward
+    for name, hidden in (("shared", 320), ("mlp", 192)):
+        mlp = getattr(layer.mixing, name)
+        weights = {"w1": mlp.w1.weight, "v1": mlp.v1.weight, "w2": mlp.w2.weight}
+        assert weights["w2"].shape == (D, hidden)
+        for part, x in weights.items():
+            if init == "open_lm":
+                assert x.std().item() == pytest.approx(0.02, rel=5 / (2 * x.numel()) ** 0.5)
+            else:
+                check_truncated(x, (2 * hidden * 3) ** -0.5 if part == "w2" else D**-0.5)
+    for x in (layer.mixing.gate.weight, layer.mixing.coefficient.weight):
+        assert x.std().item() == pytest.approx(0.02, rel=5 / (2 * x.numel()) ** 0.5)
+    for dense in (model.layers[2].dense_before, model.layers[2].dense_after):
+        check_truncated(dense.feed_forward.w12.weight, D**-0.5)
+        check_truncated(dense.feed_forward.w3.weight, (2 * F * 3) ** -0.5)
+        assert (dense.ffn_norm.weight == 1).all()
+    experts = layer.experts.mlp
+    for bias in (experts.b1, experts.c1, experts.b2, layer.mixing.coefficient.bias, layer.mixing.mlp.w1.bias):
+        assert (bias == 0).all()
+
+
 @pytest.mark.parametrize("weight_tying", [False, True])
 def test_same_numbers_in_any_order_of_materialisation(weight_tying):
     config = replace(SPARSE, weight_tying=weight_tying)

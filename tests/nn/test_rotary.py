@@ -27,7 +27,7 @@ def make(name: str) -> torch.nn.Module:
 
 def rotate(name: str, q_BSHK: torch.Tensor, k_BSHK: torch.Tensor, offset: int) -> tuple:
     position = make(name)
-    return position(q_BSHK, k_BSHK, position.table(offset, q_BSHK.shape[1], q_BSHK.device))
+    return position(q_BSHK, k_BSHK, position.table(torch.arange(offset, offset + q_BSHK.shape[1])))
 
 
 def turn(name: str, x_BSHK: torch.Tensor, offset: int) -> torch.Tensor:
@@ -74,5 +74,5 @@ def test_survives_meta_construction():
     position.to_empty(device="cpu")
     assert not position.state_dict()
     q = torch.randn(B, S, H, K)
-    table = position.table(2, S, q.device)
+    table = position.table(torch.arange(2, 2 + S))
     assert torch.equal(position(q, q, table)[0], rotate("rotary", q, q, 2)[0])

@@ -55,4 +55,4 @@ def remove(routing: Routing, kept_TK: Tensor) -> Routing:
     row_TK = routing.row_TK
     assert row_TK is not None
     kept_R = torch.empty_like(routing.token_R, dtype=torch.bool)
-    return keep(routing, kept_R.scatter_(0, row_TK.flatten(), kept_TK.flatten()))
+    return keep(routing, kept_R.scatter(0, row_TK.flatten(), kept_TK.flatten()))

@@ -1,4 +1,4 @@
-"""Writes megatron_routers.json: what Megatron-LM's pure functions give for the logits of tests/moe/inputs.py.
+"""Writes megatron_routers.json: what Megatron-LM's pure functions give for the logits of tests/moe/peers/inputs.py.
 
     pip install --no-deps megatron-core==0.16.1
     python tests/moe/peers/make_megatron_routers.py MEGATRON_LM
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from inputs import megatron_logits  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from inputs import megatron_logits
 
 
 def function_of(path: Path, name: str):

@@ -1,4 +1,4 @@
-"""Writes st_moe.json: what st-moe-pytorch's whole layer gives for the inputs of `case` (tests/moe/inputs.py).
+"""Writes st_moe.json: what st-moe-pytorch's whole layer gives for the inputs of `case` (tests/moe/peers/inputs.py).
 
     pip install st-moe-pytorch==0.1.8     # with it CoLT5-attention 0.11.2, einops, beartype, local-attention
     python tests/moe/peers/make_st_moe.py
@@ -13,8 +13,8 @@ from unittest import mock
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from inputs import ST_MOE, StMoECase, st_moe_inputs  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from inputs import ST_MOE, StMoECase, st_moe_inputs
 
 
 def run(case: StMoECase) -> dict:
