@@ -54,7 +54,7 @@ REFUSED: list[tuple[dict, str]] = [
         "--moe-score-order after, --moe-num-groups, --moe-noise rsample belong to --moe-router top_k, not hash",
     ),
     ({"noise": "second_expert", "top_k": 1}, "--moe-noise second_expert with --moe-top-k 1: there is no second"),
-    ({"router": "threshold", "top_k": 1}, "--moe-router threshold with --moe-top-k 1: weights sum to one"),
+    ({"router": "threshold", "top_k": 1}, "--moe-router threshold with --moe-top-k 1: the one weight is 1"),
     ({"normalize_weights": True, "top_k": 1}, "--moe-normalize-weights with --moe-top-k 1 makes every weight 1"),
     ({"normalize_after_drops": True, "top_k": 1}, "--moe-normalize-after-drops with --moe-top-k 1 makes every"),
     ({"score_order": "after", "top_k": 1}, "--moe-score-order after with --moe-top-k 1 makes every weight 1"),
