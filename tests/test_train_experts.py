@@ -213,20 +213,17 @@ def test_padding_is_not_there(balance):
 
 
 def test_padding_takes_no_place():
-    """Six sequences of padding stand before two real ones, which at half the even load get all places."""
+    """Six sequences of padding stand before two real ones, which are routed as if they were alone."""
     config = replace(CONFIG, moe=replace(MOE, num_experts=4, capacity_factor=0.5))
     model, batch = make(config), batch_of(slice(0, 8))
-    model.train()
     targets = batch.targets_BS.clone()
     targets[:6] = IGNORE_INDEX  # samples that were too short
-    tokens = batch.tokens_BS.clone()
-    result, _ = step(model, Batch(tokens, targets, 6), config)
-    layers = unpack(result.router, result.like)
-    assert all(layer.count_E.sum() == 2 * 2 * 16 for layer in layers)
-    # 32 tokens, places for 0.5 * 2 * 128 / 4 in each expert
-    assert all(layer.dropped == 0 for layer in layers)
-    whole, _ = step(model, batch, config)
-    assert all(layer.dropped > 0 for layer in unpack(whole.router, whole.like))
+    padded, ours = step(model, Batch(batch.tokens_BS, targets, 6), config)
+    alone, wanted = step(model, Batch(batch.tokens_BS[6:], targets[6:], 0), config, micro=2)
+    layers = unpack(padded.router, padded.like)
+    assert all(layer.dropped > 0 for layer in layers)
+    torch.testing.assert_close(padded.router, alone.router, rtol=1e-5, atol=1e-5)
+    assert_same((padded.losses[[0, 1, 3]], ours), (alone.losses[[0, 1, 3]], wanted))
 
 
 def test_averaged_loss_sees_no_padding():
