@@ -268,7 +268,42 @@ def layer() -> tuple[str, bool]:
     return f"{markdown(['shape: tokens, d, width, experts, k, type', *kinds], rows)}\n\n{note}", True
 
 
-TABLES = {f.__name__: f for f in (parameters, demo, quality, runs, router, flags, speed, layer)}
+def routing() -> tuple[str, bool]:
+    """Every router and balancing method on the demo's text, from `python moe/compare.py --record`."""
+    newest = {r["method"]: r for r in read_records("routing")}
+    if not newest:
+        return "Not recorded yet.", True
+    rows = []
+    for method, r in newest.items():
+        balance = (
+            (f"{r['fullest']:.2f}", f"{r['dead']:.1f}", f"{r['dropped']:.1%}")
+            if "fullest" in r
+            else ("",) * 3
+        )
+        plot = f"[plot](moe/records/figures/routing/{r['plot']})" if r.get("plot") else ""
+        rows.append(
+            [method, f"{r['perplexity']:.1f}", *balance, f"{r['tokens_per_second'] / 1e3:.0f}K", plot]
+        )
+    last = list(newest.values())[-1]
+    note = (
+        f"{last['tokens'] / 1e6:.2f}M tokens each ({last['steps']} steps), one seed; fullest expert over the mean, experts "
+        "without a token and dropped share are of the last tenth of training, means over MoE layers. "
+        f"{last['device']}, torch {last['torch']}, commit {last['commit']}; flags in moe/compare.py and "
+        "moe/records/routing.jsonl."
+    )
+    head = [
+        "",
+        "held-out perplexity",
+        "fullest over mean",
+        "dead experts",
+        "dropped",
+        "tokens/s",
+        "load over time",
+    ]
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
+TABLES = {f.__name__: f for f in (parameters, demo, quality, runs, router, flags, speed, layer, routing)}
 
 
 def fill(text: str) -> str:
