@@ -2,8 +2,8 @@
 
     python moe/compare.py --record moe/records/routing.jsonl --figures moe/records/figures/routing
 
-Each row is the ordinary training and evaluation command with the flags that `METHODS` shows. `moe/tables.py routing`
-prints the record again.
+Each row is the ordinary training and evaluation command with the flags that `METHODS` shows.
+`moe/tables.py routing` prints the record again.
 """
 
 import json
@@ -37,8 +37,8 @@ METHODS = {
     "first_choice": f"{DROPLESS} --moe-balance first_choice {LIGHT}",
     "importance": f"{DROPLESS} --moe-balance importance {LIGHT}",
     "bias": f"{DROPLESS} --moe-balance bias",
-    "sigmoid, bias and sequence": f"{DROPLESS} --moe-score sigmoid --moe-normalize-weights --moe-balance bias sequence "
-    "--moe-loss-weight 0.0001",
+    "sigmoid, bias and sequence": f"{DROPLESS} --moe-score sigmoid --moe-normalize-weights "
+    "--moe-balance bias sequence --moe-loss-weight 0.0001",
     "expert_choice": f"{EXPERTS} --moe-router expert_choice --moe-capacity-factor 1",
     "expert_choice_causal": f"{EXPERTS} --moe-router expert_choice_causal --moe-capacity-factor 1",
     "sinkhorn": f"{DROPLESS} --moe-router sinkhorn",

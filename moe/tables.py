@@ -286,8 +286,8 @@ def routing() -> tuple[str, bool]:
         )
     last = list(newest.values())[-1]
     note = (
-        f"{last['tokens'] / 1e6:.2f}M tokens each ({last['steps']} steps), one seed; fullest expert over the mean, experts "
-        "without a token and dropped share are of the last tenth of training, means over MoE layers. "
+        f"{last['tokens'] / 1e6:.2f}M tokens each ({last['steps']} steps), one seed; fullest expert over the mean, "
+        "experts without a token and dropped share are of the last tenth of training, means over MoE layers. "
         f"{last['device']}, torch {last['torch']}, commit {last['commit']}; flags in moe/compare.py and "
         "moe/records/routing.jsonl."
     )

@@ -114,7 +114,9 @@ def varlen_attn(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Docum
     # torch 2.11 and newer say it differently
     causal = {"window_size": (-1, 0)} if HAS_WINDOW else {"is_causal": True}
     o_THK = varlen.varlen_attn(
-        *(x.flatten(0, 1) for x in (q_BSHK, k_BSHK, v_BSHK)),
+        q_BSHK.flatten(0, 1),
+        k_BSHK.flatten(0, 1),
+        v_BSHK.flatten(0, 1),
         documents.edge_N,
         documents.edge_N,
         length,

@@ -5,6 +5,7 @@ import torch
 
 from open_lm.config.model import ModelConfig
 from open_lm.model import Transformer, build
+from open_lm.nn.attention import can_skip, torch_attn
 from open_lm.nn.documents import find_documents
 
 END, V, S = 7, 32, 24
@@ -114,3 +115,29 @@ def test_compiles():
     for block in model.layers:
         block.forward = torch.compile(block.forward, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(model(tokens_BS).logits_BSV, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("heads", [4, 2], ids=["all heads", "grouped"])
+def test_the_kernel_that_skips_is_the_mask(head_dim, heads):
+    """bf16 flash attention of documents against fp32 attention with a mask, outputs and gradients."""
+    stream = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(0, 40, (3, 257), generator=stream)
+    documents = find_documents(tokens_BS, END).to(torch.device("cuda"))
+    shapes = [(3, 257, 4, head_dim), (3, 257, heads, head_dim), (3, 257, heads, head_dim)]
+    exact = [
+        torch.randn(shape, generator=stream).bfloat16().float().cuda().requires_grad_() for shape in shapes
+    ]
+    low = [x.detach().bfloat16().requires_grad_() for x in exact]
+    slope = torch.randn(shapes[0], generator=stream).cuda()
+    assert can_skip(low[0], low[2])
+    assert not can_skip(exact[0], exact[2])
+    for inputs in (exact, low):
+        out = torch_attn(*inputs, causal=True, documents=documents)
+        (out.float() * slope).sum().backward()
+    found = [torch_attn(*inputs, causal=True, documents=documents).float() for inputs in (low, exact)]
+    pairs = [found, *((a.grad.float(), b.grad) for a, b in zip(low, exact, strict=True))]  # type: ignore[union-attr]
+    for ours, wanted in pairs:
+        assert (ours - wanted).norm() < 1e-2 * wanted.norm()
