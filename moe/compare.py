@@ -92,15 +92,19 @@ def main() -> None:
     (compare.logs / "model.json").write_text(json.dumps(model, indent=1) + "\n")
     rows = []
     for method in compare.methods:
-        rows.append(measure(compare, method))
+        if (line := measure(compare, method)) is None:
+            continue
+        rows.append(line)
         if compare.record:
             with open(compare.record, "a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+                file.write(json.dumps(line) + "\n")
     show(rows)
+    if len(rows) < len(compare.methods):
+        sys.exit(f"{len(compare.methods) - len(rows)} methods failed")
 
 
-def measure(compare: Compare, method: str) -> dict[str, Any]:
-    """Trains and evaluates one method; its line of the record."""
+def measure(compare: Compare, method: str) -> dict[str, Any] | None:
+    """Trains and evaluates one method; its line of the record, None where the command failed."""
     name = method.replace(", ", "-").replace(" ", "-")
     setup = demo.Demo(steps=compare.steps, global_batch_size=compare.global_batch_size, corpus=compare.corpus)
     flags = [
@@ -126,7 +130,8 @@ def measure(compare: Compare, method: str) -> dict[str, Any]:
         text=True,
     )
     if done.returncode:
-        sys.exit(f"{method}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}")
+        print(f"{method} failed: {done.stdout[-2000:]}\n{done.stderr[-3000:]}", flush=True)
+        return None
     run = read_run(folder)
     line = {"method": method, "flags": METHODS[method], "steps": compare.steps, "tokens": run.tokens,
             "perplexity": perplexities(run)[ALL], "tokens_per_second": run.tokens_per_second,

@@ -121,7 +121,7 @@ def varlen_attn(q_BSHK: Tensor, k_BSGK: Tensor, v_BSGK: Tensor, documents: Docum
         documents.edge_N,
         length,
         length,
-        **causal,
+        **causal,  # pyright: ignore[reportArgumentType]
     )
     assert isinstance(o_THK, Tensor)
     return o_THK.view_as(q_BSHK)
