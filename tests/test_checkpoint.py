@@ -332,7 +332,7 @@ def test_a_wrong_number_of_experts_names_the_flag(tmp_path):
     model, _ = make(replace(SPARSE, moe=replace(SPARSE.moe, num_experts=64)))
     with pytest.raises(ValueError) as error:
         checkpoint.load_weights(path, model)
-    assert str(error.value) == f"--moe-num-experts 64, but {path} has 3 experts"
+    assert str(error.value) == f"--moe-num-experts 64, but {path} has 3 experts (in layer 0)"
 
 
 def test_everything_that_does_not_fit_is_in_one_error(tmp_path):

@@ -15,6 +15,7 @@ from open_lm.config.moe import MoEConfig
 from open_lm.data.loader import Batch
 from open_lm.eval.bootstrap import interval
 from open_lm.eval.perplexity import evaluate, perplexity
+from open_lm.loss import real_positions
 from open_lm.parallel import mesh, plan
 
 # a capacity that drops: what else is in the batch matters
@@ -123,11 +124,12 @@ def test_intervals_are_of_each_tokens_and_each_sequences_loss():
 
 def test_what_a_capacity_drops_is_said():
     """Against the layers' own counts, batch by batch; nothing of it in a dense model."""
-    model = make(CONFIG)
+    model = make(CONFIG).eval()
     assignments = dropped = 0
     with torch.no_grad():
         for batch in Sequences().batches(2, 0, 1):
-            for layer in model(batch.tokens_BS).router_stats:
+            real_BS = real_positions(batch.targets_BS)  # one sequence is bad: it takes no place
+            for layer in model(batch.tokens_BS, real_BS=real_BS).router_stats:
                 limit = int(0.5 * 2 * layer.tokens / 4)
                 assignments += layer.count_E.sum().item()
                 dropped += (layer.count_E - limit).clamp(min=0).sum().item()
