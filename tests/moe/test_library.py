@@ -26,6 +26,7 @@ OPTIONS = {
     "drops by weight": {"capacity_factor": 0.6, "drop_policy": "probs", "normalize_after_drops": True},
     "drops by choice, input weights": {"capacity_factor": 0.6, "drop_policy": "choice", "straight_through": True},
     "padded": {"capacity_factor": 0.8, "pad_to_capacity": True, "expert_bias": True},
+    "threshold": {"router": "threshold", "capacity_factor": 0.6, "threshold": 1e-3},
     "shared, residual": {"capacity_factor": 0.0, "shared_hidden_dim": 4, "shared_mix": "gate", "residual": True},
 }  # fmt: skip
 CASES = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -119,6 +120,13 @@ def test_an_ensemble_of_layers(options, in_dim):
     for n, layer in enumerate(layers):
         wanted = gradients(layer, x=x if in_dim is None else x[n])
         assert_close({name: g[n] for name, g in ours.items()}, wanted)
+
+
+def test_the_reference_refuses_vmap():
+    """It reads the number of each expert's rows on the host."""
+    layer = make_layer(backend="reference", capacity_factor=0.0)
+    with pytest.raises(RuntimeError):
+        vmap(lambda x_TD: layer(x_TD)[0])(torch.randn(4, 11, D))
 
 
 @VMAP
