@@ -38,7 +38,7 @@ class Flags:
     """PR-MoE: mix the experts' output with that of an MLP for every image."""
     capacity_factor: float = 0.0
     """An expert takes at most int(factor * k * images / experts) of a batch, the rest see none; 0: no limit."""
-    loss_weight: float = 0.01
+    loss_weight: float = 0.1
     """Weight of the balancing loss."""
     epochs: int = 20
     batch_size: int = 32
