@@ -25,6 +25,7 @@ OPTIONAL = {
     "tokenizers",
     "webdataset",
     "megablocks",
+    "grouped_gemm",
     "ray",
     "lm_eval",
 }

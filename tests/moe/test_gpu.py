@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from open_lm.config.moe import MoEConfig
+from open_lm.moe.backends.grouped_mm import add_bias
+from open_lm.moe.experts import EXPERTS
 from open_lm.moe.layer import MoE
 
 pytestmark = [
@@ -105,3 +107,107 @@ def test_bfloat16_does_not_wait_for_the_host_and_repeats(factor):
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
+
+
+MEGABLOCKS = {
+    "dropless": {"capacity_factor": 0.0},
+    "drops": {"capacity_factor": 0.5},
+    "input weights": {"capacity_factor": 0.5, "straight_through": True},
+    "padded": {"capacity_factor": 0.8, "pad_to_capacity": True},
+    "one choice": {"capacity_factor": 0.0, "top_k": 1},
+}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("options", MEGABLOCKS.values(), ids=list(MEGABLOCKS))
+@pytest.mark.parametrize("ffn_type", list(EXPERTS))
+@pytest.mark.parametrize("expert_bias", [False, True], ids=["", "biases"])
+@pytest.mark.parametrize("tokens", [0, 3, 1000])
+def test_megablocks_is_the_reference(autocast, options, ffn_type, expert_bias, tokens):
+    """In bfloat16 to 1e-2 of the float32 loop, output and every gradient; three tokens leave experts idle."""
+    pytest.importorskip("megablocks")
+    pytest.importorskip("grouped_gemm")
+    if tokens != 1000 and ffn_type not in ("gelu", "swiglu"):
+        pytest.skip("few tokens for two kinds alone")
+
+    def layer_of(backend: str) -> MoE:
+        config = MoEConfig(
+            dim=72, num_experts=8, hidden_dim=100, ffn_type=ffn_type, expert_bias=expert_bias, backend=backend,
+            **options,
+        )  # fmt: skip
+        layer = MoE(config)
+        torch.manual_seed(0)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.normal_(std=72**-0.5).bfloat16().float()
+        return layer.cuda()
+
+    x = x_of(tokens).bfloat16().float()
+    wanted, ours = run(layer_of("reference"), x), layer_of("megablocks")
+    if autocast:
+        ours.forward = torch.autocast("cuda", dtype=torch.bfloat16)(ours.forward)
+        found = run(ours, x)
+    else:
+        found = run(ours.bfloat16(), x.bfloat16())
+    names = ["y", "x", *(name for name, _ in ours.named_parameters())]
+    for name, a, b in zip(names, found, wanted, strict=True):
+        assert (a.float() - b).norm() <= 1e-2 * b.norm() + 1e-30, name
+
+
+def test_megablocks_in_other_dtypes_and_inside_a_compiled_function():
+    pytest.importorskip("megablocks")
+    pytest.importorskip("grouped_gemm")
+    layer, x = make_layer("megablocks", 0.0), x_of(100)
+    with pytest.raises(ValueError, match=r"computes in bfloat16 on a GPU, not in torch.float32"):
+        layer(x)
+    layer = layer.bfloat16()
+    wanted = run(layer, x.bfloat16())
+    layer.compile()
+    assert_near(run(layer, x.bfloat16()), wanted, 3e-2)
+
+
+def test_gradients_of_biases_do_not_add_in_16_bits():
+    """20,000 rows of 1: in bfloat16, one after the other, they would come to 256."""
+    end_E = torch.tensor([20000], dtype=torch.int32, device="cuda")
+    c_EF = torch.zeros(1, 8, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    y_RF = torch.zeros(20000, 8, dtype=torch.bfloat16, device="cuda")
+    add_bias(y_RF, c_EF, torch.zeros(20000, dtype=torch.int64, device="cuda"), end_E).sum().backward()
+    assert c_EF.grad is not None
+    assert (c_EF.grad - 20000).abs().max() <= 64
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(
+    "options", [{"capacity_factor": 0.8, "pad_to_capacity": True}, {"capacity_factor": 0.0}]
+)
+def test_biases_and_padding_are_the_reference(dtype, options):
+    def layer_of(backend: str) -> MoE:
+        layer = MoE(
+            MoEConfig(dim=72, num_experts=8, hidden_dim=100, expert_bias=True, backend=backend, **options)  # type: ignore[arg-type]
+        )
+        torch.manual_seed(0)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.normal_(std=72**-0.5).bfloat16().half().float()
+        return layer.cuda()
+
+    x = x_of(1000)
+    assert_near(
+        run(layer_of("grouped_mm").to(dtype), x.to(dtype)), run(layer_of("reference"), x), TOLERANCES[dtype]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_per_sample_gradients(dtype):
+    """torch does bfloat16's product sample by sample there, with a warning."""
+    layer = make_layer("grouped_mm", 0.0).to(dtype)
+    x_NTD = x_of(4 * 50).view(4, 50, 72).to(dtype)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x_TD):
+        y, stats = torch.func.functional_call(layer, parameters, (x_TD,))
+        return y.float().square().sum() + stats.loss
+
+    ours = torch.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x_NTD)
+    for n in range(4):
+        wanted = torch.func.grad(loss)(parameters, x_NTD[n])
+        names = list(parameters)
+        assert_near([ours[k][n] for k in names], [wanted[k] for k in names], TOLERANCES[dtype])

@@ -26,6 +26,7 @@ OPTIONS = {
     "drops by weight": {"capacity_factor": 0.6, "drop_policy": "probs", "normalize_after_drops": True},
     "drops by choice, input weights": {"capacity_factor": 0.6, "drop_policy": "choice", "straight_through": True},
     "padded": {"capacity_factor": 0.8, "pad_to_capacity": True, "expert_bias": True},
+    "threshold": {"router": "threshold", "capacity_factor": 0.6, "threshold": 1e-6},
     "shared, residual": {"capacity_factor": 0.0, "shared_hidden_dim": 4, "shared_mix": "gate", "residual": True},
 }  # fmt: skip
 CASES = pytest.mark.parametrize("options", OPTIONS.values(), ids=list(OPTIONS))
@@ -96,7 +97,7 @@ def test_per_sample_gradients(options):
     def loss(parameters, x_TD):
         return objective(functional_call(layer, parameters, (x_TD,)))
 
-    ours = vmap(grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x_NTD)
+    ours = vmap(grad(loss), in_dims=(None, 0), randomness="different")(dict(layer.named_parameters()), x_NTD)
     for n, x_TD in enumerate(x_NTD):
         assert_close({name: g[n] for name, g in ours.items()}, gradients(layer, x=x_TD))
 
@@ -115,10 +116,17 @@ def test_an_ensemble_of_layers(options, in_dim):
     def loss(parameters, x_TD):
         return objective(functional_call(layers[0], parameters, (x_TD,)))
 
-    ours = vmap(grad(loss), in_dims=(0, in_dim))(stacked, x)
+    ours = vmap(grad(loss), in_dims=(0, in_dim), randomness="different")(stacked, x)
     for n, layer in enumerate(layers):
         wanted = gradients(layer, x=x if in_dim is None else x[n])
         assert_close({name: g[n] for name, g in ours.items()}, wanted)
+
+
+def test_the_reference_refuses_vmap():
+    """It reads the number of each expert's rows on the host."""
+    layer = make_layer(backend="reference", capacity_factor=0.0)
+    with pytest.raises(RuntimeError):
+        vmap(lambda x_TD: layer(x_TD)[0])(torch.randn(4, 11, D))
 
 
 @VMAP
@@ -151,7 +159,7 @@ def test_second_derivatives():
     def function(x_TD, *_):
         return layer(torch.cat([torch.ones_like(x_TD[:, :1]), x_TD[:, 1:]], dim=1))[0]
 
-    assert torch.autograd.gradgradcheck(function, (x_TD, *weights))
+    assert torch.autograd.gradgradcheck(function, (x_TD, *weights), fast_mode=True)
 
 
 @COMPILES
