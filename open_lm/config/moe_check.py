@@ -19,13 +19,18 @@ NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor"
                 "z_loss_weight", "shared_hidden_dim")  # fmt: skip
 
 
-def check_moe(moe: MoEConfig, given: Collection[str] = (), n_layers: int | None = None) -> None:
+def check_moe(
+    moe: MoEConfig,
+    given: Collection[str] = (),
+    n_layers: int | None = None,
+    routers: Collection[str] = (),
+) -> None:
     """Raises ValueError on the first contradiction, naming the flags, their values and what to do.
 
     `given` are the names ("moe_top_k") of flags given by hand, `n_layers` the model's depth; without it, the
-    placement of layers is not looked at (a layer by itself).
+    placement of layers is not looked at (a layer by itself). `routers` are names of further routers.
     """
-    check_types(moe)
+    check_types(moe, routers)
     for name in POSITIVE:
         if (value := getattr(moe, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag(name)} {value}: expected more than 0")

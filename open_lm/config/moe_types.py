@@ -2,17 +2,19 @@
 
 import difflib
 import types
+from collections.abc import Collection
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from open_lm.config.moe import MoEConfig
 from open_lm.config.moe_layers import flag
 
 
-def check_types(moe: MoEConfig) -> None:
-    """Raises ValueError on the first value that is of another type than its flag, or none of the flag's names."""
+def check_types(moe: MoEConfig, routers: Collection[str] = ()) -> None:
+    """Raises ValueError on the first value that is of another type than its flag, or none of the flag's names;
+    `routers` are names of further ones."""
     for name, hint in get_type_hints(MoEConfig).items():
         value = getattr(moe, name)
-        if fits(value, hint):
+        if fits(value, hint) or (name == "router" and value in routers):
             continue
         known = names_in(hint)
         wrong = [v for v in value if v not in known] if isinstance(value, tuple) else [value]

@@ -37,8 +37,10 @@ def switch_loss(count_E: Tensor, probability_sum_E: Tensor, tokens: Tensor | int
     """
     count_E = count_E.detach().float()
     f_E = count_E / count_E.sum(dim=-1, keepdim=True).clamp(min=1)
-    tokens = torch.as_tensor(tokens, dtype=torch.float32, device=count_E.device)
-    P_E = probability_sum_E / tokens.clamp(min=1)[..., None]
+    if isinstance(tokens, int):  # as a tensor on a GPU it would be waited for
+        P_E = probability_sum_E / max(tokens, 1)
+    else:
+        P_E = probability_sum_E / tokens.clamp(min=1)[..., None]
     return count_E.shape[-1] * (f_E * P_E).sum(dim=-1)
 
 

@@ -46,7 +46,7 @@ class MoE(nn.Module):
                 f"a layer needs its width and its number of experts: dim {config.dim}, num_experts "
                 f"{config.num_experts}"
             )
-        check_moe(config)
+        check_moe(config, routers=ROUTERS)
         self.config = config
         self.router = Router(config)
         self.experts = Experts(config)

