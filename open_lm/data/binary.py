@@ -93,7 +93,9 @@ def check_layout(fd: int, shard: Shard, layout: Layout) -> None:
                 f"{layout.sequence_bytes:,} bytes, there is {found}: the manifest is not this tar's "
                 "(python -m open_lm.data.index writes one)"
             )
-    following, _ = read_header(fd, layout.first_offset + layout.count * layout.stride) if layout.count else ("", 0)
+    following, _ = (
+        read_header(fd, layout.first_offset + layout.count * layout.stride) if layout.count else ("", 0)
+    )
     if following:
         raise ValueError(
             f"shard {shard.url}: the manifest says {layout.count:,} sequences, the tar goes on with {following}"
@@ -106,7 +108,9 @@ def read_header(fd: int, offset: int) -> tuple[str, int | None]:
     try:
         if header[257:262] != b"ustar":
             return "", None
-        return header[:100].partition(b"\0")[0].decode(errors="replace"), int(header[124:136].rstrip(b"\0 "), 8)
+        return header[:100].partition(b"\0")[0].decode(errors="replace"), int(
+            header[124:136].rstrip(b"\0 "), 8
+        )
     except ValueError:
         return "", None
 
@@ -119,6 +123,7 @@ class BinaryShard:
         self.url = url
         self.fd = fd
         self.layout = layout
+        self.sequence_tokens = layout.sequence_tokens
         self.dtype = DTYPES[layout.key]
         self.close = weakref.finalize(self, os.close, fd)
 
@@ -135,9 +140,9 @@ class BinaryShard:
 
         UnreadableSample names the shard and the sample if the file ends before; OSError the shard.
         """
-        offset = self.layout.first_offset + i * self.layout.stride + start * self.dtype.itemsize
+        _, _, _, first_offset, stride = self.layout
         try:
-            done = os.preadv(self.fd, (tokens,), offset)
+            done = os.preadv(self.fd, (tokens.data,), first_offset + i * stride + start * tokens.itemsize)
         except OSError as error:
             raise OSError(f"shard {self.url}: sample {self.name(i)}: {error}") from error
         if done != tokens.nbytes:

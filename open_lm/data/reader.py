@@ -7,7 +7,7 @@ Legend: B rows, L = sequence length + 1 tokens of a row.
 
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from open_lm.data.shards import ShardReader, open_shard
 
 
 class Rows(NamedTuple):
-    """What a worker sends: token ids (uint16 or int32), and which rows are good (the others are zeros)."""
+    """What a worker sends: token ids (uint16 or uint32), and which rows are good (the others are zeros)."""
 
     tokens_BL: np.ndarray
     good_B: np.ndarray
@@ -37,12 +37,14 @@ class OpenShards:
 
     def get(self, shard: Shard) -> ShardReader | BinaryShard:
         """The shard's reader. ValueError if it does not hold what its manifest promises."""
-        if shard.url not in self.readers:
-            self.readers[shard.url] = open_shard(shard, self.key, self.cache)
-        self.readers.move_to_end(shard.url)
+        reader = self.readers.get(shard.url)
+        if reader is not None:
+            self.readers.move_to_end(shard.url)
+            return reader
+        reader = self.readers[shard.url] = open_shard(shard, self.key, self.cache)
         if len(self.readers) > self.limit:
             self.readers.popitem(last=False)[1].close()
-        return self.readers[shard.url]
+        return reader
 
     def close(self) -> None:
         """Closes all."""
@@ -74,7 +76,7 @@ class SequenceReader:
         self.length = seq_len + 1
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
         for shard in (shard for source in sources for shard in source.shards):
             if shard.sequence_tokens is not None and shard.sequence_tokens < self.length:
                 raise ValueError(
@@ -87,56 +89,44 @@ class SequenceReader:
         (*crop_names, slot) where slots count from `first`, or its beginning if there are no names."""
         tokens_BL = np.zeros((len(places), self.length), dtype=self.dtype)
         good_B = np.zeros(len(places), dtype=bool)
-        for row, (source, shard, sequence) in enumerate(places):
+        for row, (row_L, (source, shard, sequence)) in enumerate(zip(tokens_BL, places, strict=True)):
             reader = self.open_shards.get(self.sources[source].shards[shard])
-
-            def start(tokens: int, row: int = row) -> int:
-                spare = tokens - self.length
-                return draw(spare + 1, *crop_names, first + row) if spare and crop_names else 0
-
             try:
-                good_B[row] = self.read_row(tokens_BL[row], reader, sequence, start)
+                if isinstance(reader, BinaryShard) and reader.dtype == self.dtype:
+                    spare = reader.sequence_tokens - self.length
+                    start = self.crop(spare, crop_names, first + row) if spare else 0
+                    if spare >= 0:
+                        reader.read_into(row_L, sequence, start)
+                else:
+                    tokens = reader[sequence]
+                    spare = len(tokens) - self.length
+                    start = self.crop(spare, crop_names, first + row)
+                    if spare >= 0:
+                        row_L[:] = self.check(tokens[start : start + self.length], reader, sequence)
+                good_B[row] = spare >= 0
             except UnreadableSample:
                 if not self.ignore_parse_errors:
                     raise
-                tokens_BL[row] = 0
+                row_L[:] = 0
         if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:
-            row, column = np.argwhere(tokens_BL >= self.vocab_size)[0].tolist()
-            source, shard, sequence = places[row]
-            reader = self.open_shards.get(self.sources[source].shards[shard])
-            raise self.outside(reader, sequence, tokens_BL[row, column])
+            for row_L, (source, shard, sequence) in zip(tokens_BL, places, strict=True):
+                self.check(row_L, self.open_shards.get(self.sources[source].shards[shard]), sequence)
         return Rows(tokens_BL, good_B)
 
-    def read_row(
-        self, row_L: np.ndarray, reader: ShardReader | BinaryShard, sequence: int, start: Callable[[int], int]
-    ) -> bool:
-        """Fills a row from where `start(tokens)` says; False if the sequence is too short. Ids that fit the row's
-        dtype may still be outside the vocabulary."""
-        if isinstance(reader, BinaryShard):
-            stored = reader.layout.sequence_tokens
-            if stored < self.length:
-                return False
-            if reader.dtype == row_L.dtype:
-                reader.read_into(row_L, sequence, start(stored))
-                return True
-            tokens_L = np.empty(self.length, dtype=reader.dtype)
-            reader.read_into(tokens_L, sequence, start(stored))
-        else:
-            tokens = reader[sequence]
-            if len(tokens) < self.length:
-                return False
-            first = start(len(tokens))
-            tokens_L = tokens[first : first + self.length]
-            # open_lm's data may count special tokens from the vocabulary's end: -1 is its last id
-            tokens_L[(tokens_L < 0) & (tokens_L >= -self.vocab_size)] += self.vocab_size
+    def crop(self, spare: int, names: Sequence[int | str], slot: int) -> int:
+        """Where the window of a sequence begins that is `spare` tokens too long."""
+        return draw(spare + 1, *names, slot) if spare > 0 and names else 0
+
+    def check(self, tokens_L: np.ndarray, reader: ShardReader | BinaryShard, sequence: int) -> np.ndarray:
+        """The tokens with ids in the vocabulary. ValueError if there are others."""
+        if tokens_L.dtype.kind == "i":  # -1 is the last id
+            tokens_L = np.where(
+                (tokens_L < 0) & (tokens_L >= -self.vocab_size), tokens_L + self.vocab_size, tokens_L
+            )
         outside_L = (tokens_L < 0) | (tokens_L >= self.vocab_size)
         if outside_L.any():
-            raise self.outside(reader, sequence, tokens_L[outside_L][0])
-        row_L[:] = tokens_L
-        return True
-
-    def outside(self, reader: ShardReader | BinaryShard, sequence: int, token: int) -> ValueError:
-        return ValueError(
-            f"shard {reader.url}: sample {reader.name(sequence)} has token id {token}, "
-            f"the model's vocabulary has {self.vocab_size}: another tokenizer's data, or the wrong --model"
-        )
+            raise ValueError(
+                f"shard {reader.url}: sample {reader.name(sequence)} has token id {tokens_L[outside_L][0]}, "
+                f"the model's vocabulary has {self.vocab_size}: another tokenizer's data, or the wrong --model"
+            )
+        return tokens_L

@@ -162,7 +162,8 @@ def find_key(shard: Shard, key: str) -> str:
         return key
     if shard.data_key not in DECODERS:
         raise ValueError(
-            f"shard {shard.url}: the manifest says data_key {shard.data_key!r}: must be one of {', '.join(DECODERS)}"
+            f"shard {shard.url}: the manifest says data_key {shard.data_key!r}, "
+            f"must be one of {', '.join(DECODERS)}"
         )
     if key != AUTO and shard.data_key.removesuffix(".gz") != key.removesuffix(".gz"):
         raise ValueError(
@@ -213,7 +214,9 @@ def index_tar(fd: int, url: str, key: str) -> Index:
     if key == AUTO:
         known = sorted({ending.removesuffix(".gz") for ending in members_of if ending in DECODERS})
         if len(known) > 1:
-            raise ValueError(f"shard {url}: its members end in {', '.join(known)}: name one of them, --data-key")
+            raise ValueError(
+                f"shard {url}: its members end in {', '.join(known)}: name one of them, --data-key"
+            )
         key = known[0] if known else AUTO
     wanted = {key: key.endswith(".gz"), f"{key}.gz": True}
     found = sorted(
