@@ -58,13 +58,14 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
         os.close(fd)
     count = len(index.offset_N)
     layout = found_layout(index.key, index.offset_N, index.size_N) if index.key in DTYPES else None
-    line = {"num_sequences": count} | ({"tokens": count * layout.sequence_tokens} if layout else {})
+    line: dict = {"num_sequences": count} | ({"tokens": count * layout.sequence_tokens} if layout else {})
     line |= {"bytes": length, "sha256": digest}
     line |= {"sequence_tokens": layout.sequence_tokens} if layout else {}
     line |= {"data_key": index.key}
     if layout:
         line |= {"first_offset": layout.first_offset, "stride": layout.stride}
-        shard = Shard(url, **{name: line[name] for name in Shard._fields if name in line})
+        fields = {name: line[name] for name in Shard._fields if name in line}
+        shard = Shard(url, **fields)
         open_shard(shard, key, cache).close()  # what is written must open
     return line
 
