@@ -19,11 +19,10 @@ from typing import Annotated
 
 import tyro
 
-from open_lm.data.binary import DTYPES, found_layout
 from open_lm.data.manifest import Shard
 from open_lm.data.patterns import expand
 from open_lm.data.remote import Cache, find_file_system, is_local, open_file, remote_errors
-from open_lm.data.shards import AUTO, check_count, index_tar, open_shard
+from open_lm.data.shards import AUTO, check_count, find_layout, index_tar, open_shard
 
 
 @dataclass(frozen=True)
@@ -57,11 +56,12 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
     finally:
         os.close(fd)
     count = len(index.offset_N)
-    layout = found_layout(index.key, index.offset_N, index.size_N) if index.key in DTYPES else None
+    layout = find_layout(index)
+    is_gzipped = count and index.gzipped_N.all() and not index.key.endswith(".gz")
     line: dict = {"num_sequences": count} | ({"tokens": count * layout.sequence_tokens} if layout else {})
     line |= {"bytes": length, "sha256": digest}
     line |= {"sequence_tokens": layout.sequence_tokens} if layout else {}
-    line |= {"data_key": index.key}
+    line |= {"data_key": f"{index.key}.gz" if is_gzipped else index.key}
     if layout:
         line |= {"first_offset": layout.first_offset, "stride": layout.stride}
         fields = {name: line[name] for name in Shard._fields if name in line}

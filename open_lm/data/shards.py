@@ -20,6 +20,7 @@ from open_lm.data.binary import (
     BLOCK_BYTES,
     DTYPES,
     BinaryShard,
+    Layout,
     UnreadableSample,
     check_layout,
     found_layout,
@@ -60,7 +61,7 @@ def decode_u32(data: bytes) -> list:
 
 DECODERS = {
     "json": decode_json, "json.gz": decode_json, "txt": decode_txt, "txt.gz": decode_txt,
-    "u16": decode_u16, "u32": decode_u32,
+    "u16": decode_u16, "u32": decode_u32, "u16.gz": decode_u16, "u32.gz": decode_u32,
 }  # fmt: skip
 
 
@@ -149,9 +150,16 @@ def open_shard(
     except BaseException:
         os.close(fd)
         raise
-    if index.key in DTYPES and (layout := found_layout(index.key, index.offset_N, index.size_N)):
+    if layout := find_layout(index):
         return BinaryShard(shard.url, fd, layout)
     return ShardReader(shard.url, fd, index)
+
+
+def find_layout(index: Index) -> Layout | None:
+    """The layout of a tar whose members are binary, not gzipped and alike; else None."""
+    if index.key not in DTYPES or index.gzipped_N.any():
+        return None
+    return found_layout(index.key, index.offset_N, index.size_N)
 
 
 def find_key(shard: Shard, key: str) -> str:

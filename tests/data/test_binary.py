@@ -1,3 +1,4 @@
+import gc
 import gzip
 import io
 import json
@@ -46,6 +47,9 @@ def read_all(path, key="auto", length=LENGTH, vocab_size=VOCAB, **options):
     )
 
 
+@pytest.mark.filterwarnings(
+    "ignore:unclosed:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("key", ["u16", "u32", "json.gz"])
 @pytest.mark.parametrize("shape", [(1, 1), (50, LENGTH), (3, 256), (300, 257)])
 def test_shards_read_back_as_written_here_and_by_webdataset(tmp_path, key, shape):
@@ -63,6 +67,7 @@ def test_shards_read_back_as_written_here_and_by_webdataset(tmp_path, key, shape
         reader.close()
     tars = [str(path) for path in sorted(tmp_path.glob("*.tar"))]
     samples = list(webdataset.WebDataset(tars, shardshuffle=False, empty_check=False))
+    gc.collect()  # webdataset leaves files open
     if key == "json.gz":
         read = [json.loads(gzip.decompress(sample["json.gz"])) for sample in samples]
     else:
@@ -167,7 +172,10 @@ WHOLE = 20 * 1024  # of the first shard, without its end mark
             r"as a \.u32 member of 36 bytes, there is 00000000_00000000\.u16",
         ),
         (lambda f: change(f, data_key="u8"), "data_key 'u8', must be one of"),
-        (lambda f: change(f, sequence_tokens=LENGTH - 1), "says 8 tokens a sequence, .* needs 9"),
+        (
+            lambda f: change(f, sequence_tokens=LENGTH - 1),
+            "of 16 bytes, there is 00000000_00000000.u16 of 18",
+        ),
         (lambda f: change(f, bytes=5), "says 5 bytes, the tar has 30,720"),
     ],
 )
@@ -175,6 +183,13 @@ def test_a_tar_that_is_not_its_manifests_is_named_before_the_first_step(source, 
     damage(source)
     with pytest.raises(ValueError, match=rf"shard .*shard_00000000\.tar: .*({message})"):
         read_all(source / "manifest.jsonl")
+
+
+def test_sequences_too_short_for_the_model_are_said_at_once(source):
+    with pytest.raises(
+        ValueError, match=r"0\.tar: its manifest says 9 tokens a sequence, .* seq_len 9 needs 10"
+    ):
+        ValData(str(source / "manifest.jsonl"), "auto", LENGTH, VOCAB)
 
 
 def test_other_keys_than_the_manifests_are_refused(source):
