@@ -8,8 +8,8 @@ time to the first batch, time to the first batch at 90 % of the data, greatest r
 an S3 server on loopback (moto). Peers live in a venv of their own, made on the first run. Prints a table and
 appends the numbers to bench/records/data.jsonl.
 
-A batch is int64 inputs and targets of `batch` sequences, shuffled where a reader can without reading ahead: ours, streaming
-and litdata shuffle the whole shard; webdataset does not.
+A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours, streaming and litdata
+shuffle the whole shard; webdataset does not.
 """
 
 import json
@@ -269,7 +269,8 @@ def serve(folder: Path):
     server.start()
     host, port = server.get_host_and_port()
     os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "bench",
-                   "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ALLOW_HTTP": "true"}  # fmt: skip
+                   "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1",
+                   "AWS_ALLOW_HTTP": "true"}  # fmt: skip
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET, ACL="public-read")
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -351,6 +352,7 @@ def main() -> None:
                 print(f"{row['reader']}: {error}", file=sys.stderr)
     if config.record is not None:
         settings = {key: value for key, value in asdict(config).items() if isinstance(value, int)}
+        rows = [{key: value for key, value in row.items() if "error" not in key} for row in rows]
         record = {"settings": settings, "cores": os.cpu_count(), "load": load, "rows": rows}
         with open(config.record, "a") as file:
             file.write(json.dumps(record) + "\n")

@@ -42,9 +42,14 @@ class Batch(NamedTuple):
 
 def make_batch(rows: Rows, masks: Masks = NO_MASKS) -> Batch:
     """Inputs are all tokens but the last, targets all but the first that are neither masked nor bad."""
-    if masks == NO_MASKS:  # as `divide`, without a copy between; numpy widens faster than torch (measured)
-        inputs_BS = torch.from_numpy(rows.tokens_BL[:, :-1].astype(np.int64))
-        targets_BS = torch.from_numpy(rows.tokens_BL[:, 1:].astype(np.int64))
+    if (
+        masks == NO_MASKS
+    ):  # as `divide`, but in one block: the allocator keeps it for the next batch (measured)
+        sequences, length = rows.tokens_BL.shape
+        both_2BS = np.empty((2, sequences, length - 1), dtype=np.int64)
+        both_2BS[0] = rows.tokens_BL[:, :-1]
+        both_2BS[1] = rows.tokens_BL[:, 1:]
+        inputs_BS, targets_BS = torch.from_numpy(both_2BS)
     else:
         inputs_BS, targets_BS = divide(torch.from_numpy(rows.tokens_BL.astype(np.int64)), masks)
     n_bad = int(np.count_nonzero(~rows.good_B))
