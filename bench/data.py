@@ -15,7 +15,6 @@ shuffle the whole shard; webdataset does not.
 import json
 import logging
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -222,7 +221,10 @@ def measure(task: dict) -> dict:
         if tokens >= task["tokens"]:
             break
     wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    peak = int(line.split()[1]) * 1024  # ru_maxrss would be the parent's, where that is larger
     return {
         "first_batch_seconds": first_batch,
         "tokens": tokens,
