@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from open_lm.config.averaging import AveragingConfig, coefficients_of, parse_averagers
 from open_lm.config.checkpoint import CheckpointConfig
-from open_lm.config.data import DataConfig
+from open_lm.config.data import DATA_KEYS, DataConfig
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
 from open_lm.config.later import LaterConfig
@@ -122,8 +122,8 @@ def _check_data(data: DataConfig) -> None:
         raise ValueError(f"--train-num-samples {data.train_num_samples}: expected at least 1 token")
     if data.workers < 0:
         raise ValueError(f"--workers {data.workers}: expected 0 or more")
-    if data.data_key not in ("json", "json.gz", "txt"):
-        raise ValueError(f"--data-key {data.data_key}: expected json, json.gz or txt")
+    if data.data_key not in DATA_KEYS:
+        raise ValueError(f"--data-key {data.data_key}: expected one of {', '.join(DATA_KEYS)}")
     if data.squash_mask_left and None in (data.target_mask_left, data.target_mask_individual):
         raise ValueError(
             f"--squash-mask-left takes out --target-mask-left ({data.target_mask_left}) and pads with "
@@ -136,8 +136,8 @@ def _check_eval(evaluation: EvalConfig) -> None:
     if keys is not None and len(keys) != len(entries):
         raise ValueError(f"--val-data-key has {len(keys)} keys for the {len(entries)} entries of --val-data")
     for key in keys or ():
-        if key not in ("json", "json.gz", "txt"):
-            raise ValueError(f"--val-data-key {key}: expected json, json.gz or txt")
+        if key not in DATA_KEYS:
+            raise ValueError(f"--val-data-key {key}: expected one of {', '.join(DATA_KEYS)}")
     names = evaluation.val_data_name
     if names is not None:
         shown = " ".join(names)

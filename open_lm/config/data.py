@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+DATA_KEYS = ("auto", "json", "json.gz", "txt", "u16", "u32")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -21,8 +23,9 @@ class DataConfig:
     dataset_type: Literal["auto", "webdataset", "synthetic"] = "auto"
     """`synthetic`: random tokens, to time a model without data."""
 
-    data_key: str = "txt"
-    """Which member of a tar sample holds the tokens: json, json.gz or txt."""
+    data_key: str = "auto"
+    """Which member of a tar sample holds the tokens: json, json.gz, txt, u16 or u32 (little-endian ids); auto: the
+    one of these that there is."""
 
     train_num_samples: int | None = None
     """TOKENS (open_lm's name notwithstanding) in a checkpoint interval, i.e. in one of --epochs."""

@@ -7,14 +7,26 @@ from typing import NamedTuple
 
 from open_lm.data.remote import read_bytes
 
+NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
+TEXTS = ("sha256", "data_key")
 COUNT_KEYS = ("num_sequences", "num_chunks")  # the second is open_lm's old name
 
 
 class Shard(NamedTuple):
-    """A tar and its number of sequences."""
+    """A tar and its number of sequences; what else its manifest says, None where it says nothing."""
 
     url: str
     num_sequences: int
+    bytes: int | None = None
+    """Of the tar."""
+    sha256: str | None = None
+    """Of the tar."""
+    data_key: str | None = None
+    """Ending of the members that hold the tokens."""
+    sequence_tokens: int | None = None
+    """Of each sequence. With first_offset and stride, bytes: sequence i begins at first_offset + i * stride."""
+    first_offset: int | None = None
+    stride: int | None = None
 
 
 class Source(NamedTuple):
@@ -33,8 +45,8 @@ class Source(NamedTuple):
 def read_manifest(url: str) -> Source:
     """The source that a local or remote manifest lists; sha256 is that of the manifest's bytes.
 
-    One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), further
-    keys are ignored, the last newline is optional. The tars lie beside the manifest.
+    One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), the optional
+    fields of Shard, other keys are ignored, the last newline is optional. The tars lie beside the manifest.
     ValueError names the file and the line.
     """
     content = read_bytes(url)
@@ -62,7 +74,13 @@ def parse_line(line: bytes, manifest: str, place: str) -> Shard:
     count = next((entry[key] for key in COUNT_KEYS if key in entry), None)
     if type(count) is not int or count < 0:
         raise ValueError(f"{place}: num_sequences must be a whole number, not {count!r}")
-    return Shard(locate_shard(entry["shard"], manifest), count)
+    known = {key: entry[key] for key in (*NUMBERS, *TEXTS) if entry.get(key) is not None}
+    for key, value in known.items():
+        if key in NUMBERS and (type(value) is not int or value < 0):
+            raise ValueError(f"{place}: {key} must be a whole number, not {value!r}")
+        if key in TEXTS and not isinstance(value, str):
+            raise ValueError(f"{place}: {key} must be a string, not {value!r}")
+    return Shard(locate_shard(entry["shard"], manifest), count, **known)
 
 
 def locate_shard(name: str, manifest: str) -> str:

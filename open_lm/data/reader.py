@@ -1,5 +1,7 @@
 """Sequences of the sources as rows of a batch: one length, checked against the vocabulary.
 
+Rows are as narrow as the vocabulary allows, because they travel between processes; `make_batch` widens them.
+
 Legend: B rows, L = sequence length + 1 tokens of a row.
 """
 
@@ -10,14 +12,15 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.data.binary import BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
 from open_lm.data.order import draw
 from open_lm.data.remote import Cache
-from open_lm.data.shards import ShardReader, UnreadableSample, open_shard
+from open_lm.data.shards import ShardReader, open_shard
 
 
 class Rows(NamedTuple):
-    """What a worker sends: int32 token ids, and which rows are good (the others are zeros)."""
+    """What a worker sends: token ids (uint16 or uint32), and which rows are good (the others are zeros)."""
 
     tokens_BL: np.ndarray
     good_B: np.ndarray
@@ -30,16 +33,18 @@ class OpenShards:
         self.key = key
         self.cache = cache
         self.limit = limit
-        self.readers: OrderedDict[str, ShardReader] = OrderedDict()
+        self.readers: OrderedDict[str, ShardReader | BinaryShard] = OrderedDict()
 
-    def get(self, shard: Shard) -> ShardReader:
-        """The shard's reader. ValueError if it does not hold the promised number of sequences."""
-        if shard.url not in self.readers:
-            self.readers[shard.url] = open_shard(shard.url, self.key, self.cache, shard.num_sequences)
-        self.readers.move_to_end(shard.url)
+    def get(self, shard: Shard) -> ShardReader | BinaryShard:
+        """The shard's reader. ValueError if it does not hold what its manifest promises."""
+        reader = self.readers.get(shard.url)
+        if reader is not None:
+            self.readers.move_to_end(shard.url)
+            return reader
+        reader = self.readers[shard.url] = open_shard(shard, self.key, self.cache)
         if len(self.readers) > self.limit:
             self.readers.popitem(last=False)[1].close()
-        return self.readers[shard.url]
+        return reader
 
     def close(self) -> None:
         """Closes all."""
@@ -51,7 +56,8 @@ class SequenceReader:
     """Reads sequences of the sources as rows of seq_len + 1 tokens. A process opens its own files.
 
     A negative id counts from the vocabulary's end, as in open_lm. ValueError names shard and sample: token ids
-    outside the vocabulary always, unreadable samples unless they are to be ignored.
+    outside the vocabulary always, unreadable samples unless they are to be ignored; at once, a shard whose
+    manifest says that all its sequences are too short.
     """
 
     def __init__(
@@ -70,35 +76,57 @@ class SequenceReader:
         self.length = seq_len + 1
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        for shard in (shard for source in sources for shard in source.shards):
+            if shard.sequence_tokens is not None and shard.sequence_tokens < self.length:
+                raise ValueError(
+                    f"shard {shard.url}: its manifest says {shard.sequence_tokens} tokens a sequence, the model's "
+                    f"seq_len {seq_len} needs {self.length}: tokenize for it, or take another --model"
+                )
 
     def read(self, places: Sequence[tuple[int, int, int]], *crop_names: int | str, first: int = 0) -> Rows:
         """Rows of these (source, shard, sequence). A longer sequence gives one window, drawn by
         (*crop_names, slot) where slots count from `first`, or its beginning if there are no names."""
-        tokens_BL = np.zeros((len(places), self.length), dtype=np.int64)
+        tokens_BL = np.zeros((len(places), self.length), dtype=self.dtype)
         good_B = np.zeros(len(places), dtype=bool)
-        for row, (source, shard, sequence) in enumerate(places):
+        for row, (row_L, (source, shard, sequence)) in enumerate(zip(tokens_BL, places, strict=True)):
             reader = self.open_shards.get(self.sources[source].shards[shard])
             try:
-                tokens = reader[sequence]
+                if isinstance(reader, BinaryShard) and reader.dtype == self.dtype:
+                    spare = reader.sequence_tokens - self.length
+                    start = self.crop(spare, crop_names, first + row) if spare else 0
+                    if spare >= 0:
+                        reader.read_into(row_L, sequence, start)
+                else:
+                    tokens = reader[sequence]
+                    spare = len(tokens) - self.length
+                    start = self.crop(spare, crop_names, first + row)
+                    if spare >= 0:
+                        row_L[:] = self.check(tokens[start : start + self.length], reader, sequence)
+                good_B[row] = spare >= 0
             except UnreadableSample:
-                if self.ignore_parse_errors:
-                    continue
-                raise
-            spare = len(tokens) - self.length
-            if spare < 0:
-                continue
-            start = draw(spare + 1, *crop_names, first + row) if spare and crop_names else 0
-            tokens_BL[row] = tokens[start : start + self.length]
-            good_B[row] = True
-        # open_lm's data may count special tokens from the vocabulary's end: -1 is its last id
-        tokens_BL[(tokens_BL < 0) & (tokens_BL >= -self.vocab_size)] += self.vocab_size
-        outside_BL = (tokens_BL < 0) | (tokens_BL >= self.vocab_size)
-        if outside_BL.any():
-            row, column = np.argwhere(outside_BL)[0]
-            source, shard, sequence = places[row]
-            reader = self.open_shards.get(self.sources[source].shards[shard])
+                if not self.ignore_parse_errors:
+                    raise
+                row_L[:] = 0
+        if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:
+            for row_L, (source, shard, sequence) in zip(tokens_BL, places, strict=True):
+                self.check(row_L, self.open_shards.get(self.sources[source].shards[shard]), sequence)
+        return Rows(tokens_BL, good_B)
+
+    def crop(self, spare: int, names: Sequence[int | str], slot: int) -> int:
+        """Where the window of a sequence begins that is `spare` tokens too long."""
+        return draw(spare + 1, *names, slot) if spare > 0 and names else 0
+
+    def check(self, tokens_L: np.ndarray, reader: ShardReader | BinaryShard, sequence: int) -> np.ndarray:
+        """The tokens with ids in the vocabulary. ValueError if there are others."""
+        if tokens_L.dtype.kind == "i":  # -1 is the last id
+            tokens_L = np.where(
+                (tokens_L < 0) & (tokens_L >= -self.vocab_size), tokens_L + self.vocab_size, tokens_L
+            )
+        outside_L = (tokens_L < 0) | (tokens_L >= self.vocab_size)
+        if outside_L.any():
             raise ValueError(
-                f"shard {reader.url}: sample {reader.name(sequence)} has token id {tokens_BL[row, column]}, "
+                f"shard {reader.url}: sample {reader.name(sequence)} has token id {tokens_L[outside_L][0]}, "
                 f"the model's vocabulary has {self.vocab_size}: another tokenizer's data, or the wrong --model"
             )
-        return Rows(tokens_BL.astype(np.int32), good_B)
+        return tokens_L

@@ -16,13 +16,24 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.data.binary import (
+    BLOCK_BYTES,
+    DTYPES,
+    BinaryShard,
+    Layout,
+    UnreadableSample,
+    check_layout,
+    found_layout,
+    promised_layout,
+)
 from open_lm.data.manifest import Shard, Source, read_manifest
 from open_lm.data.patterns import expand
 from open_lm.data.remote import Cache, open_file
 
 logger = logging.getLogger(__name__)
 
-BLOCK_BYTES = 512
+
+AUTO = "auto"
 
 
 def decode_json(data: bytes) -> list:
@@ -38,12 +49,26 @@ def decode_txt(data: bytes) -> list:
         return ast.literal_eval(data.decode())
 
 
-DECODERS = {"json": decode_json, "json.gz": decode_json, "txt": decode_txt, "txt.gz": decode_txt}
+def decode_u16(data: bytes) -> list:
+    """Little-endian 16-bit token ids."""
+    return np.frombuffer(data, DTYPES["u16"]).tolist()
+
+
+def decode_u32(data: bytes) -> list:
+    """Little-endian 32-bit token ids."""
+    return np.frombuffer(data, DTYPES["u32"]).tolist()
+
+
+DECODERS = {
+    "json": decode_json, "json.gz": decode_json, "txt": decode_txt, "txt.gz": decode_txt,
+    "u16": decode_u16, "u32": decode_u32, "u16.gz": decode_u16, "u32.gz": decode_u32,
+}  # fmt: skip
 
 
 class Index(NamedTuple):
-    """Where the sequences of a tar lie: byte offsets and sizes, whether each is gzipped."""
+    """Where the sequences of a tar lie: byte offsets and sizes, whether each is gzipped; the key they have."""
 
+    key: str
     offset_N: np.ndarray
     size_N: np.ndarray
     gzipped_N: np.ndarray
@@ -57,10 +82,6 @@ class Member(NamedTuple):
     size: int
 
 
-class UnreadableSample(ValueError):
-    """A member that is no list of whole numbers; says which."""
-
-
 class ShardReader:
     """The sequences of one open tar, in its order: `len(reader)`, `reader[i]` → int64 array of token ids.
 
@@ -68,10 +89,10 @@ class ShardReader:
     the file.
     """
 
-    def __init__(self, url: str, key: str, fd: int, index: Index):
+    def __init__(self, url: str, fd: int, index: Index):
         self.url = url
         self.index = index
-        self.decode = DECODERS[key]
+        self.decode = DECODERS[index.key]
         self.fd = fd
         self.close = weakref.finalize(self, os.close, fd)
 
@@ -108,38 +129,78 @@ class ShardReader:
 
 
 def open_shard(
-    url: str, key: str, cache: Cache | None = None, num_sequences: int | None = None
-) -> ShardReader:
-    """Opens a local, remote or `pipe:` tar whose samples' members end in `.key` or `.key.gz`.
+    url: str | Shard, key: str = AUTO, cache: Cache | None = None, num_sequences: int | None = None
+) -> ShardReader | BinaryShard:
+    """Opens a local, remote or `pipe:` tar whose samples' members end in `.key` or `.key.gz`; auto: the one known
+    ending that they have.
 
-    ValueError, naming the shard: no such member, no tar, cut short, or not `num_sequences` of them.
+    A Shard whose manifest says where its sequences lie opens at once; the members of others are searched.
+    ValueError, naming the shard: no such member, no tar, cut short, or not what its manifest says.
     """
-    if key not in DECODERS:
-        raise ValueError(f"--data-key {key}: must be one of {', '.join(DECODERS)}")
-    fd = open_file(url, cache or Cache())
+    shard, counted = (url, url.num_sequences) if isinstance(url, Shard) else (Shard(url, 0), num_sequences)
+    key = find_key(shard, key)
+    layout = promised_layout(shard)
+    fd = open_file(shard.url, cache or Cache())
     try:
-        index = index_tar(fd, url, key)
-        count = len(index.offset_N)
-        if count == 0 and num_sequences != 0:
-            endings = ", ".join(index.endings) or "no members at all"
-            raise ValueError(f"shard {url}: no member ends in .{key} (it has {endings}): see --data-key")
-        if num_sequences is None and not index.is_ended:
-            raise ValueError(
-                f"shard {url}: the tar has no end mark after {count:,} sequences: it is cut short"
-            )
-        if num_sequences is not None and num_sequences != count:
-            raise ValueError(
-                f"shard {url}: the manifest says {num_sequences:,} sequences, the tar holds {count:,}"
-                + ("" if index.is_ended else ": it is cut short")
-            )
+        if layout is not None:
+            check_layout(fd, shard, layout)
+            return BinaryShard(shard.url, fd, layout)
+        index = index_tar(fd, shard.url, key)
+        check_count(shard.url, index, key, counted)
     except BaseException:
         os.close(fd)
         raise
-    return ShardReader(url, key, fd, index)
+    if layout := find_layout(index):
+        return BinaryShard(shard.url, fd, layout)
+    return ShardReader(shard.url, fd, index)
+
+
+def find_layout(index: Index) -> Layout | None:
+    """The layout of a tar whose members are binary, not gzipped and alike; else None."""
+    if index.key not in DTYPES or index.gzipped_N.any():
+        return None
+    return found_layout(index.key, index.offset_N, index.size_N)
+
+
+def find_key(shard: Shard, key: str) -> str:
+    """What --data-key means for this shard. ValueError if there is no such key or the manifest has another."""
+    if key != AUTO and key not in DECODERS:
+        raise ValueError(f"--data-key {key}: must be one of {', '.join((AUTO, *DECODERS))}")
+    if shard.data_key is None:
+        return key
+    if shard.data_key not in DECODERS:
+        raise ValueError(
+            f"shard {shard.url}: the manifest says data_key {shard.data_key!r}, "
+            f"must be one of {', '.join(DECODERS)}"
+        )
+    if key != AUTO and shard.data_key.removesuffix(".gz") != key.removesuffix(".gz"):
+        raise ValueError(
+            f"--data-key {key}: the manifest says {shard.data_key} of shard {shard.url}: leave the flag out"
+        )
+    return shard.data_key if key == AUTO else key
+
+
+def check_count(url: str, index: Index, key: str, num_sequences: int | None) -> None:
+    """ValueError unless a tar has as many sequences as its manifest says, or, without one, its end mark."""
+    count = len(index.offset_N)
+    if count == 0 and num_sequences != 0:
+        endings = ", ".join(index.endings) or "no members at all"
+        known = f"any of {', '.join('.' + known for known in DECODERS)}" if key == AUTO else f".{key}"
+        raise ValueError(f"shard {url}: no member ends in {known} (it has {endings}): see --data-key")
+    if num_sequences is None and not index.is_ended:
+        raise ValueError(f"shard {url}: the tar has no end mark after {count:,} sequences: it is cut short")
+    if num_sequences is not None and num_sequences != count:
+        raise ValueError(
+            f"shard {url}: the manifest says {num_sequences:,} sequences, the tar holds {count:,}"
+            + ("" if index.is_ended else ": it is cut short")
+        )
 
 
 def index_tar(fd: int, url: str, key: str) -> Index:
-    """Finds the members that end in `.key` or `.key.gz`. ValueError names the shard if it is no whole tar."""
+    """Finds the members that end in `.key` or `.key.gz` (auto: in the one known ending that there is).
+
+    ValueError names the shard if it is no whole tar, or has several known endings.
+    """
     length = os.fstat(fd).st_size
     try:
         if length == 0:
@@ -154,18 +215,26 @@ def index_tar(fd: int, url: str, key: str) -> Index:
             raise ValueError(f"it is cut short in {past.name.decode(errors='replace')}")
     except (ValueError, tarfile.TarError) as error:
         raise ValueError(f"shard {url}: cannot be read as a tar: {error}") from error
-    wanted = {key: False, f"{key}.gz": True}
-    if key.endswith(".gz"):
-        wanted = {key: True}
-    found, others = [], set()
+    members_of: dict[str, list[Member]] = {}
     for member in members:
         ending = member.name.rpartition(b"/")[2].partition(b".")[2].decode(errors="replace").lower()
-        if ending in wanted:
-            found.append((member.offset, member.size, wanted[ending]))
-        elif len(others) < 5:
-            others.add(f".{ending}")
+        members_of.setdefault(ending, []).append(member)
+    if key == AUTO:
+        known = sorted({ending.removesuffix(".gz") for ending in members_of if ending in DECODERS})
+        if len(known) > 1:
+            raise ValueError(
+                f"shard {url}: its members end in {', '.join(known)}: name one of them, --data-key"
+            )
+        key = known[0] if known else AUTO
+    wanted = {key: key.endswith(".gz"), f"{key}.gz": True}
+    found = sorted(
+        (member.offset, member.size, wanted[ending])
+        for ending in wanted.keys() & members_of.keys()
+        for member in members_of[ending]
+    )
+    others = sorted(f".{ending}" for ending in members_of.keys() - wanted.keys())[:5]
     offset_N, size_N, gzipped_N = np.array(found, dtype=np.int64).reshape(-1, 3).T
-    return Index(offset_N, size_N, gzipped_N.astype(bool), is_ended, tuple(sorted(others)))
+    return Index(key, offset_N, size_N, gzipped_N.astype(bool), is_ended, tuple(others))
 
 
 def scan_members(data: mmap.mmap) -> tuple[list[Member] | None, int]:

@@ -28,7 +28,8 @@ def test_every_flag_of_open_lm_is_known_with_its_default() -> None:
     values = flag_values(RunConfig())
     for entry in OPEN_LM:
         name, default = entry.split("=", 1)
-        assert str(values[name.replace("-", "_")]) == default, name
+        if name != "data-key":  # open_lm's txt is one of what ours, auto, finds
+            assert str(values[name.replace("-", "_")]) == default, name
     # open_lm's default 64 and nccl depend on what else is given and on the machine: resolved later
     assert values["global_batch_size"] is None
     assert values["dist_backend"] is None

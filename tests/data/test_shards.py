@@ -126,7 +126,7 @@ def test_counts_and_endings_are_checked(write_shard, tmp_path, cache):
         ValueError, match=r"a\.tar: no member ends in \.txt \(it has \.json\.gz\): see --data-key"
     ):
         open_shard(path, "txt", cache)
-    with pytest.raises(ValueError, match="--data-key jsn: must be one of json"):
+    with pytest.raises(ValueError, match="--data-key jsn: must be one of auto, json"):
         open_shard(path, "jsn", cache)
 
 

@@ -1,0 +1,370 @@
+"""Our data loading beside plain webdataset, mosaicml-streaming and litdata, on the same tokens.
+
+    python bench/data.py --peers build/peers
+
+makes one large shard of random tokens in each library's own format, then measures every reader in fresh
+processes, without worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache,
+time to the first batch, time to the first batch at 90 % of the data, greatest resident memory; then one pass from
+an S3 server on loopback (moto). Peers live in a venv of their own, made on the first run. Prints a table and
+appends the numbers to bench/records/data.jsonl.
+
+A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours, streaming and litdata
+shuffle the whole shard; webdataset does not.
+"""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+READERS = ("ours", "webdataset", "streaming", "litdata")
+PACKAGES = ("webdataset", "mosaicml-streaming", "litdata")
+BUCKET = "bench"
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Compare data readers on the same tokens."""
+
+    folder: Path = Path("build/bench_data")
+    """Where the data lie in every format; about 1.4 times 3 copies of `sequences` * (`seq_len` + 1) * 2 bytes."""
+
+    peers: Path = Path("build/peers")
+    """Virtual environment of the other libraries, made if it is not there."""
+
+    sequences: int = 65_536
+    """In one shard."""
+
+    seq_len: int = 2048
+    """Tokens the model sees; a stored sequence has one more."""
+
+    batch: int = 64
+    """Sequences of a batch."""
+
+    repeats: int = 3
+    """Fresh processes for each local measurement; the best is kept."""
+
+    record: Path | None = ROOT / "bench" / "records" / "data.jsonl"
+    """File that the numbers are appended to."""
+
+
+def make_tokens(task: dict):
+    """(sequences, seq_len + 1) uint16 of open_lm's vocabulary, the same in every process."""
+    import numpy as np
+
+    shape = (task["sequences"], task["seq_len"] + 1)
+    return np.random.default_rng(0).integers(0, 50_432, shape, dtype=np.uint16)
+
+
+def tokens_of(i: int, source: Any):
+    """For litdata's optimize: the i-th block of tokens."""
+    import torch
+
+    return torch.from_numpy(source[i].astype("int32"))
+
+
+def write_ours(task: dict) -> None:
+    from open_lm.tokenize.shard_writer import write_shards
+
+    write_shards(Path(task["folder"], "ours"), make_tokens(task), task["sequences"], "u16")
+
+
+def write_streaming(task: dict) -> None:
+    from streaming import MDSWriter
+
+    columns = {"tokens": f"ndarray:uint16:{task['seq_len'] + 1}"}
+    target = str(Path(task["folder"], "streaming"))
+    with MDSWriter(out=target, columns=columns, size_limit=2**31) as writer:
+        for tokens_L in make_tokens(task):
+            writer.write({"tokens": tokens_L})
+
+
+def write_litdata(task: dict) -> None:
+    import functools
+
+    from litdata import TokensLoader, optimize
+
+    length = task["seq_len"] + 1
+    optimize(
+        functools.partial(tokens_of, source=make_tokens(task)),
+        list(range(task["sequences"])),
+        str(Path(task["folder"], "litdata")),
+        chunk_size=length * task["sequences"],
+        num_workers=1,
+        item_loader=TokensLoader(block_size=length),
+    )
+
+
+def divide(tokens_BL):
+    """Inputs and targets as ours makes them."""
+    import numpy as np
+    import torch
+
+    return (
+        torch.from_numpy(tokens_BL[:, :-1].astype(np.int64)),
+        torch.from_numpy(tokens_BL[:, 1:].astype(np.int64)),
+    )
+
+
+def read_ours(task: dict, where: str, first: int):
+    from open_lm.config import DataConfig
+    from open_lm.data.loader import TrainData
+    from open_lm.data.remote import Cache
+
+    config = DataConfig(dataset_manifest=(f"{where}/ours/manifest.jsonl",), workers=0)
+    data = TrainData(
+        config, task["seq_len"], 50_432, 0, 1, task["batch"], 0, Cache(Path(task["cache"], "ours"))
+    )
+    for batch in data.batches(first // task["batch"], task["sequences"] // task["batch"]):
+        yield batch.tokens_BS, batch.targets_BS
+
+
+def read_webdataset(task: dict, where: str, first: int):
+    import numpy as np
+    import webdataset
+
+    url = f"{where}/ours/shard_00000000.tar"
+    if where.startswith("s3://"):
+        url = f"pipe:curl -s {os.environ['AWS_ENDPOINT_URL']}/{url.removeprefix('s3://')}"
+    samples = iter(webdataset.WebDataset(url, shardshuffle=False))
+    for _ in range(first):  # it has no other way to get there
+        next(samples)
+    rows = []
+    for sample in samples:
+        rows.append(np.frombuffer(sample["u16"], "<u2"))
+        if len(rows) == task["batch"]:
+            yield divide(np.stack(rows))
+            rows = []
+
+
+def read_streaming(task: dict, where: str, first: int):
+    import numpy as np
+    from streaming import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
+    os.environ["S3_ENDPOINT_URL"] = os.environ.get("AWS_ENDPOINT_URL", "")
+    is_remote = where.startswith("s3://")
+    local = str(Path(task["cache"], "streaming")) if is_remote else f"{where}/streaming"
+    data = StreamingDataset(
+        remote=f"{where}/streaming" if is_remote else None,
+        local=local,
+        shuffle=True,
+        batch_size=task["batch"],
+        shuffle_seed=0,
+    )
+    if first:
+        data.load_state_dict(
+            {"epoch": 0, "sample_in_epoch": first, "num_canonical_nodes": 1, "shuffle_seed": 0,
+             "initial_physical_nodes": 1}
+        )  # fmt: skip
+    rows = []
+    for sample in data:
+        rows.append(sample["tokens"])
+        if len(rows) == task["batch"]:
+            yield divide(np.stack(rows))
+            rows = []
+
+
+def read_litdata(task: dict, where: str, first: int):
+    from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
+
+    def make():
+        options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if where.startswith("s3://") else {}
+        data = StreamingDataset(
+            f"{where}/litdata",
+            item_loader=TokensLoader(block_size=task["seq_len"] + 1),
+            shuffle=True,
+            storage_options=options,
+            cache_dir=str(Path(task["cache"], "litdata")) if options else None,
+        )
+        return StreamingDataLoader(data, batch_size=task["batch"], num_workers=0)
+
+    loader = make()
+    if first:
+        batches = iter(loader)
+        next(batches)
+        state = loader.state_dict()
+        state["num_samples_yielded"] = first
+        state["dataset"]["num_samples_yielded"] = first
+        loader = make()
+        task["resumed_at"] = time.perf_counter()
+        loader.load_state_dict(state)
+    for tokens_BL in loader:
+        yield divide(tokens_BL.numpy())
+
+
+def measure(task: dict) -> dict:
+    """In a fresh process: seconds to the first batch from `first` on, then tokens/s until `tokens` are read."""
+    import torch
+
+    torch.set_num_threads(1)
+    read = globals()[f"read_{task['reader']}"]
+    if task["reader"] != "ours":
+        __import__({"streaming": "streaming", "litdata": "litdata"}.get(task["reader"], "webdataset"))
+    else:
+        import open_lm.data.loader  # noqa: F401
+    started = time.perf_counter()
+    batches = read(task, task["where"], task["first"])
+    next(batches)
+    first_batch = time.perf_counter() - task.get("resumed_at", started)
+    wall, cpu, tokens = time.perf_counter(), cpu_seconds(), 0
+    for inputs_BS, _ in batches:
+        tokens += inputs_BS.numel()
+        if tokens >= task["tokens"]:
+            break
+    wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")
+    )
+    peak = int(line.split()[1]) * 1024  # ru_maxrss would be the parent's, where that is larger
+    return {
+        "first_batch_seconds": first_batch,
+        "tokens": tokens,
+        "tokens_per_cpu_second": tokens / cpu if cpu else 0.0,
+        "tokens_per_second": tokens / wall if wall else 0.0,
+        "peak_bytes": peak,
+    }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of those it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def run_child(python: Path, action: str, task: dict) -> dict:
+    """Runs `action` of this file in another interpreter. RuntimeError with the end of what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
+    command = [str(python), __file__, action, json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1200)
+    if done.returncode != 0:
+        raise RuntimeError(f"{action} {task['reader']}: {done.stdout[-500:]}{done.stderr[-1500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def make_peers(folder: Path) -> Path:
+    """The interpreter of the peers' environment, which sees this one's packages too."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        (library,) = folder.glob("lib/python3*/site-packages")
+        (library / "outer.pth").write_text("\n".join(path for path in sys.path if "site-packages" in path))
+        subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], check=True)
+    return python.absolute()
+
+
+def serve(folder: Path):
+    """An S3 server on loopback that holds the folder's files; sets AWS_* for this process and its children."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "bench",
+                   "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1",
+                   "AWS_ALLOW_HTTP": "true"}  # fmt: skip
+    client = boto3.client("s3")
+    client.create_bucket(Bucket=BUCKET, ACL="public-read")
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        key = str(path.relative_to(folder))
+        client.put_object(Bucket=BUCKET, Key=key, Body=path.read_bytes(), ACL="public-read")
+    return server
+
+
+def compare(config: BenchConfig) -> list[dict]:
+    """All measurements of all readers; a reader that fails has an `error` in place of numbers."""
+    folder = config.folder.absolute()
+    pythons = dict.fromkeys(READERS, make_peers(config.peers)) | {"ours": Path(sys.executable)}
+    sizes = {"sequences": config.sequences, "seq_len": config.seq_len, "batch": config.batch}
+    task: dict = sizes | {"folder": str(folder), "cache": str(folder / "cache")}
+    for reader in ("ours", "streaming", "litdata"):
+        if not (folder / reader).exists():
+            run_child(pythons[reader], "write", task | {"reader": reader})
+    everything = config.sequences * config.seq_len
+    ninety = config.sequences * 9 // 10 // config.batch * config.batch
+    rows = []
+    for reader in READERS:
+        row: dict = {"reader": reader}
+        try:
+            plans = {"local": (0, everything), "resume": (ninety, 1)}
+            for name, (first, tokens) in plans.items():
+                plan = task | {"reader": reader, "where": str(folder), "first": first, "tokens": tokens}
+                runs = [run_child(pythons[reader], "measure", plan) for _ in range(config.repeats)]
+                row[name] = {
+                    key: (max if key.startswith("tokens") else min)(run[key] for run in runs)
+                    for key in runs[0]
+                }
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            row["error"] = str(error)[-800:]
+        rows.append(row)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    server = serve(folder)
+    for row in rows:
+        plan = task | {"reader": row["reader"], "where": f"s3://{BUCKET}", "first": 0, "tokens": everything}
+        try:
+            row["s3"] = run_child(pythons[row["reader"]], "measure", plan)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            row["s3_error"] = str(error)[-800:]
+    server.stop()
+    return rows
+
+
+def show(rows: list[dict]) -> str:
+    """The numbers as a table."""
+    lines = [
+        "| reader | M tokens/s a core | M tokens/s, wall | first batch, s | at 90 %, s | peak MB "
+        "| S3: first batch, s | S3: whole pass, s |",
+        "|-|-:|-:|-:|-:|-:|-:|-:|",
+    ]
+    for row in rows:
+        local, resume, s3 = (row.get(name, {}) for name in ("local", "resume", "s3"))
+        cells = [
+            local.get("tokens_per_cpu_second", 0) / 1e6, local.get("tokens_per_second", 0) / 1e6,
+            local.get("first_batch_seconds", 0), resume.get("first_batch_seconds", 0),
+            local.get("peak_bytes", 0) / 1e6, s3.get("first_batch_seconds", 0),
+            s3.get("first_batch_seconds", 0) + s3["tokens"] / s3["tokens_per_second"] if s3 else 0,
+        ]  # fmt: skip
+        lines.append(
+            f"| {row['reader']} | " + " | ".join(f"{cell:.3g}" if cell else "–" for cell in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    import tyro
+
+    config = tyro.cli(BenchConfig)
+    load = [os.getloadavg()[0]]
+    rows = compare(config)
+    load.append(os.getloadavg()[0])
+    print(show(rows))
+    for row in rows:
+        for error in (row.get(name) for name in ("error", "s3_error")):
+            if error:
+                print(f"{row['reader']}: {error}", file=sys.stderr)
+    if config.record is not None:
+        settings = {key: value for key, value in asdict(config).items() if isinstance(value, int)}
+        rows = [{key: value for key, value in row.items() if "error" not in key} for row in rows]
+        record = {"settings": settings, "cores": os.cpu_count(), "load": load, "rows": rows}
+        with open(config.record, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+ACTIONS = {"write": lambda task: globals()[f"write_{task['reader']}"](task) or {}, "measure": measure}
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3 and sys.argv[1] in ACTIONS:
+        print(json.dumps(ACTIONS[sys.argv[1]](json.loads(sys.argv[2]))), flush=True)
+        sys.stdout.flush()
+        os._exit(0)  # other libraries' threads and shared memory are not waited for
+    main()

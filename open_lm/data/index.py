@@ -1,0 +1,143 @@
+"""A manifest for tars that exist.
+
+    python -m open_lm.data.index 's3://bucket/data/shard_{00000000..00000031}.tar'
+
+counts the sequences of each tar, takes its size and sha256, finds the ending of its members and, if they are
+binary and alike, where they lie, and writes manifest.jsonl beside the tars. Remote tars pass through the cache.
+"""
+
+import hashlib
+import json
+import os
+import posixpath
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Annotated
+
+import tyro
+
+from open_lm.data.manifest import Shard
+from open_lm.data.patterns import expand
+from open_lm.data.remote import Cache, find_file_system, is_local, open_file, remote_errors
+from open_lm.data.shards import AUTO, check_count, find_layout, index_tar, open_shard
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """Write a manifest of existing tar shards: counts, sizes, sha256, data key."""
+
+    tars: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Tars: local paths or URLs, with {00..99} brace ranges."""
+
+    output: str | None = None
+    """Manifest to write, a path or a URL. Default: manifest.jsonl beside the first tar."""
+
+    data_key: str = AUTO
+    """Ending of the members that hold the tokens. Default: the one known ending that there is."""
+
+    processes: int = os.cpu_count() or 1
+    """Tars read at a time."""
+
+    overwrite: bool = False
+    """Replace a manifest that is there already."""
+
+
+def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
+    """The manifest line of a tar, but for the name. Errors as of `open_shard`, they name the tar."""
+    fd = open_file(url, cache or Cache())
+    try:
+        index = index_tar(fd, url, key)
+        check_count(url, index, key, None)
+        digest = hash_file(fd)
+        length = os.fstat(fd).st_size
+    finally:
+        os.close(fd)
+    count = len(index.offset_N)
+    layout = find_layout(index)
+    is_gzipped = count and index.gzipped_N.all() and not index.key.endswith(".gz")
+    line: dict = {"num_sequences": count} | ({"tokens": count * layout.sequence_tokens} if layout else {})
+    line |= {"bytes": length, "sha256": digest}
+    line |= {"sequence_tokens": layout.sequence_tokens} if layout else {}
+    line |= {"data_key": f"{index.key}.gz" if is_gzipped else index.key}
+    if layout:
+        line |= {"first_offset": layout.first_offset, "stride": layout.stride}
+        fields = {name: line[name] for name in Shard._fields if name in line}
+        shard = Shard(url, **fields)
+        open_shard(shard, key, cache).close()  # what is written must open
+    return line
+
+
+def hash_file(fd: int) -> str:
+    """sha256 of an open file, in hex."""
+    with os.fdopen(os.dup(fd), "rb") as file:
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def describe_tars(urls: list[str], key: str, processes: int) -> Iterator[dict]:
+    """`describe_tar` of each, in order, several at a time."""
+    with ProcessPoolExecutor(max(1, min(processes, len(urls))), get_context("spawn")) as pool:
+        yield from pool.map(describe_tar, urls, [key] * len(urls))
+
+
+def write_manifest(config: IndexConfig) -> list[dict]:
+    """Writes the manifest and returns its lines. ValueError: no tars, a tar that is none, a manifest in the way."""
+    urls = [url for pattern in config.tars for url in expand(pattern)]
+    if not urls:
+        raise ValueError("no tars: name at least one")
+    output = config.output or posixpath.join(posixpath.dirname(urls[0]), "manifest.jsonl")
+    if not config.overwrite and exists(output):
+        raise ValueError(f"{output} exists: --overwrite replaces it, --output names another file")
+    lines = []
+    for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes), strict=True):
+        lines.append({"shard": name_shard(url, output)} | described)
+        print(f"{url}: {described['num_sequences']:,} sequences, .{described['data_key']}", flush=True)
+    write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def name_shard(url: str, manifest: str) -> str:
+    """What a manifest calls a tar: its name without .tar if it lies beside it, otherwise where it lies."""
+    folder, name = posixpath.split(url.removeprefix("file://"))
+    if folder == posixpath.dirname(manifest.removeprefix("file://")) and name.endswith(".tar"):
+        return name.removesuffix(".tar")
+    if not url.endswith(".tar"):
+        raise ValueError(f"{url}: a manifest can name files that end in .tar only")
+    return os.path.abspath(url.removeprefix("file://")) if is_local(url) else url
+
+
+def exists(url: str) -> bool:
+    if is_local(url):
+        return os.path.exists(url.removeprefix("file://"))
+    with remote_errors(url):
+        file_system, path = find_file_system(url)
+        return file_system.exists(path)
+
+
+def write_text(url: str, text: str) -> None:
+    """Writes a small local or remote file: whole or not at all."""
+    if is_local(url):
+        path = url.removeprefix("file://")
+        with open(f"{path}.partial", "w") as file:
+            file.write(text)
+        os.replace(f"{path}.partial", path)
+        return
+    with remote_errors(url):
+        file_system, path = find_file_system(url)
+        file_system.pipe_file(path, text.encode())
+
+
+def main() -> None:
+    config = tyro.cli(IndexConfig)
+    try:
+        lines = write_manifest(config)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"open_lm.data.index: error: {error}")
+    print(f"{sum(line['num_sequences'] for line in lines):,} sequences in {len(lines):,} tars")
+
+
+if __name__ == "__main__":
+    main()

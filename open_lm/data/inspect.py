@@ -1,0 +1,214 @@
+"""What is in the data, and whether it is whole.
+
+    python -m open_lm.data.inspect a/manifest.jsonl s3://bucket/b/manifest.jsonl --verify
+
+prints each source's counts, its share of the mix and a decoded sample; --verify reads every sample and compares
+every checksum. Exit status 1 if anything is damaged: each damage is one line that names the shard.
+"""
+
+import json
+import os
+import posixpath
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Annotated, NamedTuple
+
+import tyro
+
+from open_lm.data.binary import UnreadableSample
+from open_lm.data.index import hash_file
+from open_lm.data.manifest import Shard, Source, read_manifest
+from open_lm.data.order import normalize_weights
+from open_lm.data.remote import read_bytes
+from open_lm.data.shards import AUTO, open_shard
+
+SHOWN_CHARACTERS = 400
+NAMED_SAMPLES = 3  # damaged samples of a shard that are named; the others are counted
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what manifests hold and, with --verify, whether all of it is there and readable."""
+
+    manifests: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Manifests: local paths or URLs, one per source."""
+
+    train_data_mix_weights: tuple[float, ...] | None = None
+    """Weights of the sources, as in training."""
+
+    tokenizer: str | None = None
+    """tokenizer.json that decodes a sample. Default: the one that info.json beside the manifest names."""
+
+    data_key: str = AUTO
+    """As in training."""
+
+    vocab_size: int | None = None
+    """Ids must be below it. Default: what info.json beside the manifest says."""
+
+    verify: bool = False
+    """Read everything: sizes, checksums, every sample, ids in the vocabulary."""
+
+    processes: int = os.cpu_count() or 1
+    """Shards read at a time."""
+
+
+class Finding(NamedTuple):
+    """What reading a shard showed: its tokens, smallest and largest id, and what is damaged."""
+
+    tokens: int = 0
+    lowest: int = 0
+    highest: int = 0
+    damages: tuple[str, ...] = ()
+
+
+def verify_shard(shard: Shard, key: str, vocab_size: int | None) -> Finding:
+    """Reads every sample of a shard and compares what its manifest says of it. Damage is returned, not raised."""
+    try:
+        reader = open_shard(shard, key)
+    except (ValueError, OSError, ImportError) as error:
+        return Finding(damages=(str(error),))
+    damages, tokens, lowest, highest, unreadable, odd = [], 0, [], [], [], 0
+    try:
+        if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
+            damages.append(
+                f"shard {shard.url}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
+            )
+        if shard.sha256 not in (None, found := hash_file(reader.fd) if shard.sha256 else None):
+            damages.append(f"shard {shard.url}: the manifest says sha256 {shard.sha256}, the tar has {found}")
+        for number in range(len(reader)):
+            try:
+                tokens_L = reader[number]
+            except UnreadableSample as error:
+                unreadable.append(str(error))
+                continue
+            tokens += len(tokens_L)
+            if len(tokens_L):
+                lowest.append(int(tokens_L.min()))
+                highest.append(int(tokens_L.max()))
+            odd += shard.sequence_tokens not in (None, len(tokens_L))
+    except OSError as error:
+        damages.append(f"shard {shard.url}: {error}")
+    finally:
+        reader.close()
+    damages += unreadable[:NAMED_SAMPLES]
+    if len(unreadable) > NAMED_SAMPLES:
+        damages.append(f"shard {shard.url}: {len(unreadable):,} samples cannot be read in all")
+    if odd:
+        damages.append(
+            f"shard {shard.url}: {odd:,} samples have not the {shard.sequence_tokens} tokens that the manifest says"
+        )
+    low, high = min(lowest, default=0), max(highest, default=0)
+    if vocab_size is not None and not -vocab_size <= low <= high < vocab_size:
+        damages.append(f"shard {shard.url}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}")
+    return Finding(tokens, low, high, tuple(damages))
+
+
+def verify_source(source: Source, key: str, vocab_size: int | None, processes: int) -> Iterator[Finding]:
+    """`verify_shard` of each shard, in order, several at a time."""
+    count = len(source.shards)
+    with ProcessPoolExecutor(max(1, min(processes, count)), get_context("spawn")) as pool:
+        yield from pool.map(verify_shard, source.shards, [key] * count, [vocab_size] * count)
+
+
+def read_information(manifest: str) -> dict:
+    """info.json beside the manifest; empty if there is none. ValueError if it is no JSON object."""
+    url = posixpath.join(posixpath.dirname(manifest), "info.json")
+    try:
+        information = json.loads(read_bytes(url))
+    except FileNotFoundError:
+        return {}
+    if not isinstance(information, dict):
+        raise ValueError(f"{url}: not a JSON object")
+    return information
+
+
+def describe_source(source: Source, share: float) -> str:
+    """A source's counts in one line, from its manifest."""
+    known = [shard for shard in source.shards if shard.sequence_tokens is not None]
+    tokens = sum(shard.num_sequences * (shard.sequence_tokens or 0) for shard in known)
+    keys = sorted({shard.data_key for shard in source.shards if shard.data_key}) or ["data key not said"]
+    size = sum(shard.bytes or 0 for shard in source.shards)
+    said = f", {tokens:,} tokens" if len(known) == len(source.shards) else ""
+    said += f", {size / 1e9:.3f} GB" if size else ""
+    return (
+        f"{source.name}: {source.sequences:,} sequences in {len(source.shards):,} shards{said}, "
+        f"{', '.join(keys)}; {share:.2%} of the mix"
+    )
+
+
+def show_sample(source: Source, key: str, tokenizer: bytes | None) -> str:
+    """The first sequence of a source: its length, its ids and, with a tokenizer, its text."""
+    shard = next(shard for shard in source.shards if shard.num_sequences)
+    reader = open_shard(shard, key)
+    try:
+        ids = reader[0].tolist()
+    finally:
+        reader.close()
+    shown = f"  first sequence: {len(ids):,} tokens, {' '.join(map(str, ids[:16]))} …"
+    if tokenizer is not None:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as error:
+            raise ImportError(f"--tokenizer needs tokenizers: {error} (pip install tokenizers)") from error
+        text = Tokenizer.from_str(tokenizer.decode()).decode(ids, skip_special_tokens=False)
+        shown += f"\n  {text[:SHOWN_CHARACTERS]!r}"
+    return shown
+
+
+def inspect(config: InspectConfig) -> list[str]:
+    """Prints what the manifests hold; returns the damages. ValueError for weights that do not fit."""
+    weights = normalize_weights(config.train_data_mix_weights, len(config.manifests))
+    damages: list[str] = []
+    for manifest, weight in zip(config.manifests, weights, strict=True):
+        try:
+            source = read_manifest(manifest)
+            information = read_information(manifest)
+            print(describe_source(source, float(weight)))
+            named = information.get("tokenizer")
+            beside = posixpath.join(posixpath.dirname(manifest), named) if named else None
+            url = config.tokenizer or beside
+            print(show_sample(source, config.data_key, read_bytes(url) if url else None))
+        except (ValueError, OSError) as error:
+            damages.append(str(error))
+            if not config.verify or not isinstance(error, ValueError):
+                continue
+        if config.verify:
+            damages += verify(config, manifest)
+    return damages
+
+
+def verify(config: InspectConfig, manifest: str) -> list[str]:
+    """Reads a source whole, prints what was found and returns the damages."""
+    try:
+        source = read_manifest(manifest)
+        vocab_size = config.vocab_size or read_information(manifest).get("vocab_size")
+    except (ValueError, OSError) as error:
+        return [str(error)]
+    findings = list(verify_source(source, config.data_key, vocab_size, config.processes))
+    damages = [damage for finding in findings for damage in finding.damages]
+    whole = [finding for finding in findings if finding.tokens]
+    print(
+        f"  read {sum(finding.tokens for finding in whole):,} tokens, ids "
+        f"{min((finding.lowest for finding in whole), default=0):,} … "
+        f"{max((finding.highest for finding in whole), default=0):,}; "
+        f"{len(damages):,} damages in {sum(bool(finding.damages) for finding in findings):,} shards"
+    )
+    return damages
+
+
+def main() -> None:
+    config = tyro.cli(InspectConfig)
+    try:
+        damages = inspect(config)
+    except (ValueError, OSError, ImportError) as error:
+        sys.exit(f"open_lm.data.inspect: error: {error}")
+    for damage in dict.fromkeys(damages):
+        print(damage, file=sys.stderr)
+    sys.exit(bool(damages))
+
+
+if __name__ == "__main__":
+    main()

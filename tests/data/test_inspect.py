@@ -1,0 +1,139 @@
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from open_lm.data.index import IndexConfig, write_manifest
+from open_lm.data.inspect import InspectConfig, inspect, verify_shard
+from open_lm.data.manifest import read_manifest
+from open_lm.tokenize.shard_writer import write_shards
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"open_lm.data.{module}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """60 sequences of 5 ids, 3 … 302 in order, in two u16 shards."""
+    write_shards(tmp_path / "a", np.arange(3, 303).reshape(60, 5), 40, key="u16")
+    return tmp_path / "a"
+
+
+@pytest.mark.parametrize("key", ["u16", "u32", "json.gz"])
+def test_an_index_is_what_the_writer_said(tmp_path, key):
+    lines = write_shards(tmp_path / "a", np.arange(300).reshape(60, 5), 25, key)
+    written = (tmp_path / "a" / "manifest.jsonl").read_text()
+    pattern = f"{tmp_path}/a/shard_0000000{{0..2}}.tar"
+    with pytest.raises(ValueError, match=r"manifest\.jsonl exists: --overwrite"):
+        write_manifest(IndexConfig((pattern,)))
+    found = write_manifest(IndexConfig((pattern,), overwrite=True, processes=2))
+    if key == "json.gz":  # the number of tokens is nothing that a tar of lists says
+        lines = [{k: v for k, v in line.items() if k not in ("tokens", "sequence_tokens")} for line in lines]
+        assert found == lines
+    else:
+        assert (tmp_path / "a" / "manifest.jsonl").read_text() == written
+    elsewhere = str(tmp_path / "all.jsonl")
+    write_manifest(IndexConfig((pattern,), output=elsewhere, processes=1))
+    assert read_manifest(elsewhere).shards == read_manifest(f"{tmp_path}/a/manifest.jsonl").shards
+
+
+def test_an_index_on_s3_is_read_back_and_inspected(bucket, folder):
+    (folder / "manifest.jsonl").unlink()
+    bucket(folder)
+    done = run("index", "s3://bucket/shard_0000000{0..1}.tar", "--processes", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    shards = read_manifest("s3://bucket/manifest.jsonl").shards
+    assert [shard.num_sequences for shard in shards] == [40, 20]
+    assert shards[1].sha256 == hashlib.sha256((folder / "shard_00000001.tar").read_bytes()).hexdigest()
+    done = run("inspect", "s3://bucket/manifest.jsonl", "--verify", "--vocab-size", 303, "--processes", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "60 sequences in 2 shards, 300 tokens" in done.stdout
+    assert "read 300 tokens, ids 3 … 302; 0 damages in 0 shards" in done.stdout
+
+
+def test_an_index_needs_whole_tars(folder, tmp_path):
+    os.truncate(folder / "shard_00000001.tar", 5000)
+    done = run(
+        "index", f"{folder}/shard_0000000{{0..1}}.tar", "--overwrite", "--output", tmp_path / "m.jsonl"
+    )
+    assert done.returncode == 1
+    assert "shard_00000001.tar" in done.stderr
+    assert "cut short" in done.stderr
+    assert not (tmp_path / "m.jsonl").exists()
+
+
+def test_counts_mix_and_a_decoded_sample_are_shown(folder, tmp_path, capsys):
+    from tokenizers import Tokenizer, models
+
+    words = {f"w{i}": i for i in range(303)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "info.json").write_text(json.dumps({"tokenizer": "tokenizer.json", "vocab_size": 303}))
+    write_shards(tmp_path / "b", np.zeros((10, 5), int), 40)
+    manifests = (f"{folder}/manifest.jsonl", f"{tmp_path}/b/manifest.jsonl")
+    assert inspect(InspectConfig(manifests, train_data_mix_weights=(3, 1), verify=True, processes=1)) == []
+    printed = capsys.readouterr().out
+    assert "60 sequences in 2 shards, 300 tokens, 0.000 GB, u16; 75.00% of the mix" in printed
+    assert "'w3 w4 w5 w6 w7'" in printed
+    assert "10 sequences in 1 shards, 50 tokens" in printed
+    with pytest.raises(ValueError, match="1 weights for 2 sources"):
+        inspect(InspectConfig(manifests, train_data_mix_weights=(3,)))
+
+
+def flip(path, offset):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: flip(f / "shard_00000001.tar", 512 + 1024 * 7), "says sha256"),
+        (lambda f: os.truncate(f / "shard_00000001.tar", 9000), "the tar has 9,000"),
+        (lambda f: (f / "shard_00000001.tar").unlink(), "no such file"),
+        (lambda f: shutil.copy(f / "shard_00000000.tar", f / "shard_00000001.tar"), "bytes, the tar has"),
+        (
+            lambda f: (f / "info.json").write_text('{"vocab_size": 302}'),
+            "ids 203 … 302 in a vocabulary of 302",
+        ),
+    ],
+)
+def test_damage_is_found_and_named(folder, damage, message):
+    damage(folder)
+    damages = inspect(InspectConfig((f"{folder}/manifest.jsonl",), verify=True, processes=1))
+    assert len(damages) == 1
+    assert "shard_00000001.tar" in damages[0]
+    assert message in damages[0]
+
+
+def test_damage_is_an_exit_status(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "whole")
+    flip(folder / "shard_00000001.tar", 512)
+    manifests = (tmp_path / "whole" / "manifest.jsonl", folder / "manifest.jsonl", tmp_path / "none.jsonl")
+    done = run("inspect", *manifests, "--verify", "--processes", 1)
+    assert done.returncode == 1
+    first, second = done.stderr.splitlines()
+    assert f"{folder}/shard_00000001.tar" in first
+    assert "none.jsonl: no such file" in second
+    assert run("inspect", manifests[0], "--verify", "--processes", 1).returncode == 0
+
+
+def test_every_unreadable_sample_is_counted(write_shard, tmp_path):
+    samples = [[1, 2, 3], b"no gzip", b"nor this", [4, 5], b"3", b"4", b"5"]
+    write_shard(tmp_path / "a.tar", samples)
+    (tmp_path / "manifest.jsonl").write_text('{"shard": "a", "num_sequences": 7, "sequence_tokens": 3}')
+    finding = verify_shard(read_manifest(f"{tmp_path}/manifest.jsonl").shards[0], "auto", None)
+    assert (finding.tokens, finding.lowest, finding.highest) == (5, 1, 5)
+    assert len(finding.damages) == 5
+    assert "sample a/000001.json.gz cannot be read" in finding.damages[0]
+    assert "5 samples cannot be read in all" in finding.damages[3]
+    assert "1 samples have not the 3 tokens" in finding.damages[4]
