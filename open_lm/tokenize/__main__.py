@@ -26,8 +26,9 @@ def describe(parts: dict[str, dict], seconds: float) -> str:
     lines = []
     for part, info in parts.items():
         lines.append(
-            f"{part}: {info['documents']:,} documents, {info['tokens']:,} tokens, {info['sequences']:,} sequences of "
-            f"{info['seq_len'] + 1:,} ids ({info['tokens_of_padding']:,} of padding, {info['tokens_dropped']:,} dropped)"
+            f"{part}: {info['documents']:,} documents, {info['tokens']:,} tokens, {info['sequences']:,} sequences "
+            f"of {info['seq_len'] + 1:,} ids ({info['tokens_of_padding']:,} of padding, "
+            f"{info['tokens_dropped']:,} dropped)"
         )
     read = parts["train"]["sources"]
     size = sum(source["bytes_read"] for source in read) / 1e6

@@ -40,7 +40,7 @@ class Engine(Protocol):
 
     def __enter__(self) -> "Engine": ...
 
-    def __exit__(self, *error) -> None: ...
+    def __exit__(self, *error, **names) -> bool | None: ...
 
     def run(self, tasks: Sequence[Any]) -> Iterator[tuple[Any, dict]]:
         """Tasks with their results, as they end. The first error ends it, as itself."""
@@ -75,8 +75,8 @@ class LocalEngine(ExitStack):
                 self.pool = None
                 if attempt == ATTEMPTS - 1:
                     raise OSError(
-                        f"a worker process died in each of {ATTEMPTS} attempts (out of memory? then fewer --processes); "
-                        "started again with the same flags, the work goes on from here"
+                        f"a worker process died in each of {ATTEMPTS} attempts (out of memory? then fewer "
+                        "--processes); started again with the same flags, the work goes on from here"
                     ) from None
 
 

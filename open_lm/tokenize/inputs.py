@@ -4,6 +4,7 @@ import glob
 import os
 import posixpath
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 from open_lm.data.patterns import expand
@@ -123,7 +124,7 @@ def divide(file: File, unit_bytes: int) -> list[Unit]:
         return [Unit(file, 0, None, file.bytes)]
     count = -(-file.bytes // unit_bytes)
     ends = [file.bytes * i // count for i in range(count + 1)]
-    return [Unit(file, a, b, b - a) for a, b in zip(ends, ends[1:], strict=False)]
+    return [Unit(file, a, b, b - a) for a, b in pairwise(ends)]
 
 
 def divide_parquet(file: File) -> list[Unit]:

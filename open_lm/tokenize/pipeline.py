@@ -91,7 +91,8 @@ class Run:
     def __init__(
         self, config: TokenizeConfig, plan: Plan, output: Folder, work: Folder, progress: Progress
     ) -> None:
-        self.config, self.plan, self.output, self.work, self.progress = config, plan, output, work, progress
+        self.config, self.plan, self.progress = config, plan, progress
+        self.output, self.work = output, work
         self.finished = {name for name in work.names() if name.endswith(".json")}
 
     def write(self, parts: Sequence[str]) -> None:

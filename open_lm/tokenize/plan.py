@@ -31,7 +31,7 @@ class Plan:
 
 
 def make_plan(config: TokenizeConfig) -> Plan:
-    """Lists inputs and checks everything that can be checked before work. ValueError, FileNotFoundError, OSError."""
+    """Lists inputs and checks what can be checked before work. ValueError, FileNotFoundError, OSError."""
     check(config)
     tokenizer = None
     if config.tokenizer is not None:

@@ -107,7 +107,10 @@ def open_parquet(url: str) -> Iterator[Any]:
 
 
 def read_unit(unit: Unit, how: How) -> Iterator[Document]:
-    """The documents of a unit in order. What cannot be read is a Document with a problem; OSError: the file is gone."""
+    """The documents of a unit in order. What cannot be read is a Document with a problem.
+
+    OSError: the file is gone.
+    """
     kind = kind_of(unit.file.url)
     assert kind is not None
     if kind.format == "parquet":

@@ -14,11 +14,11 @@ class TokenizeConfig:
     """
 
     inputs: tuple[str, ...]
-    """One entry per source: a file, a folder, a glob, {00..99} braces, s3://BUCKET/PREFIX/; `::` joins several. Files are
-    .jsonl, .txt, .parquet, or .tar of these, the first two and tars also with .gz or .zst."""
+    """One entry per source: a file, a folder, a glob, {00..99} braces, s3://BUCKET/PREFIX/; `::` joins several.
+    Files are .jsonl, .txt, .parquet, or .tar of the first two; all but parquet also with .gz or .zst."""
 
     output: str
-    """Folder or s3:// URL for shard_*.tar, manifest.jsonl, info.json, tokenizer.json and, if there is any, held_out/."""
+    """Folder or s3:// URL for shard_*.tar, manifest.jsonl, info.json, tokenizer.json and held_out/."""
 
     tokenizer: str | None = None
     """A tokenizer.json, a folder that holds one, or the name of one on the Hugging Face hub."""
@@ -42,11 +42,11 @@ class TokenizeConfig:
     """What is a document in a .txt file."""
 
     sampling_rates: tuple[float, ...] | None = None
-    """One per entry of --inputs: 0.3 takes 30 % of the documents (by their hash), 2.5 takes each two or three times.
-    Default: 1. Held-out documents are never repeated."""
+    """One per entry of --inputs: 0.3 takes 30 % of the documents (by their hash), 2.5 each two or three
+    times. Default: 1. Held-out documents are never repeated."""
 
     held_out_share: float = 0.0
-    """Share of the documents that goes to held_out/, by the hash of their text alone, so equal ones stay together."""
+    """Share of the documents that goes to held_out/, by the hash of their text alone: equal ones stay together."""
 
     seed: int = 0
     """Of the order of the documents and sequences, and of the sampling."""
@@ -78,7 +78,8 @@ class TokenizeConfig:
     """Processes of --engine local, CPUs of a Ray that is started here."""
 
     ray_address: str | None = None
-    """A running Ray cluster, e.g. auto or ray://HOST:10001; it must see inputs and output. Default: start one here."""
+    """A running Ray cluster, e.g. auto or ray://HOST:10001; it must see inputs and output.
+    Default: one is started here."""
 
     work: str | None = None
     """Folder or URL for intermediate files, removed at the end. Default: OUTPUT/work."""

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 TOKENIZER = "tokenizer.json"
-ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|endoftext|", "<|im_end|>", "[SEP]")
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 U16_IDS = 2**16
 BATCH_DOCUMENTS = 256
 BATCH_BYTES = 2**20
 
 
 def load_tokenizer(name: str) -> bytes:
-    """Content of the tokenizer.json that --tokenizer means: a file, a folder's, or the hub's. ValueError if none."""
+    """Content of the tokenizer.json that --tokenizer means: a file, a folder's, or the hub's. ValueError: none."""
     path = Path(name)
     try:
         if path.is_dir() and not (path / TOKENIZER).exists():
@@ -50,7 +50,8 @@ def load_from_hub(name: str) -> bytes:
         return Tokenizer.from_pretrained(name).to_str().encode()
     except Exception as error:  # whatever its client raises without a network, or for an unknown name
         raise ValueError(
-            f"--tokenizer {name}: no such file or folder here, and the hub gave none: {type(error).__name__}: {error}"
+            f"--tokenizer {name}: no such file or folder here, and the hub gave none: "
+            f"{type(error).__name__}: {error}"
         ) from None
 
 
@@ -87,12 +88,12 @@ def find_end_of_text(tokenizer: "Tokenizer", given: str | None) -> int:
     """The id that ends documents: of the given token or of a well-known one. ValueError if there is none."""
     if given is not None:
         return find_token(tokenizer, given, "--end-of-text")
-    known = next((token for token in ENDS if tokenizer.token_to_id(token) is not None), None)
-    if known is None:
+    known = [number for token in ENDS if (number := tokenizer.token_to_id(token)) is not None]
+    if not known:
         raise ValueError(
             f"the tokenizer has no end of text (none of {', '.join(ENDS)}): name one by --end-of-text"
         )
-    return tokenizer.token_to_id(known)
+    return known[0]
 
 
 def count_ids(tokenizer: "Tokenizer") -> int:
