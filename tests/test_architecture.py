@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "open_lm"
 # Lowest first; members of a set do not import each other.
 LAYERS = [
-    {"config"}, {"nn"}, {"moe"}, {"loss"}, {"model"}, {"parallel", "optim", "flops", "data", "tokenize"},
-    {"averaging"}, {"checkpoint"}, {"log"}, {"eval", "metrics", "report", "generate", "job"},
+    {"config"}, {"nn"}, {"moe"}, {"loss"}, {"model"}, {"parallel", "optim", "flops", "data"},
+    {"tokenize"}, {"averaging"}, {"checkpoint"}, {"log"}, {"eval", "metrics", "report", "generate", "job"},
     {"train", "validation"}, {"main"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -26,6 +26,8 @@ OPTIONAL = {
     "webdataset",
     "megablocks",
     "ray",
+    "pyarrow",
+    "zstandard",
     "lm_eval",
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -48,7 +48,7 @@ class Engine(Protocol):
 
 
 class LocalEngine(ExitStack):
-    """Processes of this machine."""
+    """Processes of this machine; with one, this one."""
 
     def __init__(self, processes: int) -> None:
         super().__init__()
@@ -56,6 +56,9 @@ class LocalEngine(ExitStack):
         self.pool: ProcessPoolExecutor | None = None
 
     def run(self, tasks: Sequence[Any]) -> Iterator[tuple[Any, dict]]:
+        if self.processes == 1:
+            yield from ((task, run_task(task)) for task in tasks)
+            return
         left = {task.name: task for task in tasks}
         for attempt in range(ATTEMPTS):
             if self.pool is None:

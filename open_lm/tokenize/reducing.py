@@ -1,7 +1,8 @@
 """Second pass: a bucket's documents → shuffled rows. Third: a share of every bucket's rows → a shard.
 
 A bucket's file is its rows, then (packing join) the ids that filled none: `Tails` joins those of all buckets, so
-that of a whole part fewer than one row is dropped.
+that of a whole part fewer than one row is dropped. Once per bucket the rest of a document thus follows the end of
+another one.
 
 Legend: N rows, L ids in a row (seq_len + 1).
 """
