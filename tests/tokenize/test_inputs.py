@@ -1,13 +1,20 @@
 import pytest
 
 from open_lm.tokenize.inputs import list_files
-
 from tests.tokenize.conftest import write_lines
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for name in ("a/1.jsonl", "a/0.jsonl", "a/b/2.txt", "a/.hidden.txt", "a/readme.md", "a/info.json", "c/x.json"):
+    for name in (
+        "a/1.jsonl",
+        "a/0.jsonl",
+        "a/b/2.txt",
+        "a/.hidden.txt",
+        "a/readme.md",
+        "a/info.json",
+        "c/x.json",
+    ):
         write_lines(tmp_path / name, ["x"])
     return tmp_path
 

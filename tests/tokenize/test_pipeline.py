@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,6 @@ from tokenizers import Tokenizer
 from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.pipeline import locked, tokenize
 from open_lm.tokenize.settings import TokenizeConfig
-
 from tests.tokenize.conftest import TEXTS, digests, read_rows, write_lines
 
 SMALL = {
@@ -45,7 +45,7 @@ def documents_in(rows: np.ndarray, tokenizer: Path) -> list[str]:
     found = []
     for row in rows.tolist():
         ends = [i for i, token in enumerate(row) if token == 0]
-        found += [loaded.decode(row[a + 1 : b]) for a, b in zip(ends, ends[1:], strict=False)]
+        found += [loaded.decode(row[a + 1 : b]) for a, b in itertools.pairwise(ends)]
     return found
 
 
@@ -76,9 +76,7 @@ def test_join_loses_nothing_but_the_last_tail(inputs, tmp_path, tokenizer):
 
 
 def test_best_fit_keeps_documents_whole(inputs, tmp_path, tokenizer):
-    (info,) = tokenize(
-        config(inputs, tmp_path / "out", tokenizer, packing="best-fit", seq_len=255)
-    ).values()
+    (info,) = tokenize(config(inputs, tmp_path / "out", tokenizer, packing="best-fit", seq_len=255)).values()
     rows = read_rows(tmp_path / "out")
     with_end = np.concatenate([np.zeros((len(rows), 1), rows.dtype), rows], axis=1)
     found = [text for text in documents_in(with_end, tokenizer) if text]
@@ -106,13 +104,19 @@ def test_the_split_follows_the_text_whatever_else_changes(inputs, tmp_path, toke
         assert parts["held_out"]["documents"] + parts["train"]["documents"] == 200
         assert not held_out & set(documents_in(read_rows(out), tokenizer))
         sides.append(held_out)
-    assert digests(tmp_path / "out0")["shard_00000000.tar"] != digests(tmp_path / "out1")["shard_00000000.tar"]
+    assert (
+        digests(tmp_path / "out0")["shard_00000000.tar"] != digests(tmp_path / "out1")["shard_00000000.tar"]
+    )
     assert sides[0] & sides[1]
 
 
 def test_rates_take_repeat_and_leave(tmp_path, tokenizer):
-    a, b, c = (write_lines(tmp_path / f"{n}.jsonl", TEXTS[i : i + 60]) for n, i in (("a", 0), ("b", 60), ("c", 120)))
-    made = config(a, tmp_path / "out", tokenizer, sampling_rates=(2.0, 0.5, 0.0), packing="best-fit", seq_len=299)
+    a, b, c = (
+        write_lines(tmp_path / f"{n}.jsonl", TEXTS[i : i + 60]) for n, i in (("a", 0), ("b", 60), ("c", 120))
+    )
+    made = config(
+        a, tmp_path / "out", tokenizer, sampling_rates=(2.0, 0.5, 0.0), packing="best-fit", seq_len=299
+    )
     (info,) = tokenize(TokenizeConfig(**(vars(made) | {"inputs": (str(a), str(b), str(c))}))).values()
     rows = read_rows(tmp_path / "out")
     found = Counter(t for t in documents_in(np.insert(rows, 0, 0, axis=1), tokenizer) if t)
@@ -130,7 +134,9 @@ def test_units_and_processes_never_change_the_shards(inputs, tmp_path, tokenizer
         tokenize(config(inputs, tmp_path / name, tokenizer, held_out_share=0.1, **changes))
     a, b, c = (digests(tmp_path / name) for name in "abc")
     assert a == c
-    assert {k: v for k, v in a.items() if k != "plan.json"} == {k: v for k, v in b.items() if k != "plan.json"}
+    assert {k: v for k, v in a.items() if k != "plan.json"} == {
+        k: v for k, v in b.items() if k != "plan.json"
+    }
 
 
 class Killed(BaseException):
@@ -163,7 +169,7 @@ def test_killed_at_every_write(inputs, tmp_path, tokenizer, monkeypatch):
         count = -(10**6)
         tokenize(again)
         assert digests(out) == expected, f"killed at write {last} of {total}"
-        assert count + 10**6 <= total - last + 2, "no more than the last task is done again"
+        assert count + 10**6 <= total - last + 6, "but for a task and the five closing files"
 
 
 def test_another_plan_is_refused_with_the_difference(inputs, tmp_path, tokenizer):

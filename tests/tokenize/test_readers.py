@@ -8,7 +8,6 @@ import zstandard
 
 from open_lm.tokenize.inputs import Unit, divide, list_files
 from open_lm.tokenize.readers import How, count_lines, read_unit
-
 from tests.tokenize.conftest import TEXTS, write_lines
 
 HOW = How("text", "file")
@@ -31,7 +30,11 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     frames = [zstandard.compress(data[:555]), zstandard.compress(data[555:])]
     (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
     with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as tar:
-        for name, half in (("x/1.jsonl", data), ("x/skipped.bin", b"\0"), ("x/2.jsonl.gz", gzip.compress(data))):
+        for name, half in (
+            ("x/1.jsonl", data),
+            ("x/skipped.bin", b"\0"),
+            ("x/2.jsonl.gz", gzip.compress(data)),
+        ):
             member = tarfile.TarInfo(name)
             member.size = len(half)
             tar.addfile(member, io.BytesIO(half))
@@ -46,7 +49,9 @@ def test_parquet(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    parquet.write_table(pyarrow.table({"text": TEXTS, "n": range(200)}), tmp_path / "a.parquet", row_group_size=70)
+    parquet.write_table(
+        pyarrow.table({"text": TEXTS, "n": range(200)}), tmp_path / "a.parquet", row_group_size=70
+    )
     documents = read(tmp_path / "a.parquet")
     assert texts_of(documents) == TEXTS
     assert len({d.position for d in documents}) == 200
@@ -61,7 +66,9 @@ def test_parquet(tmp_path):
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000, 10**6])
 def test_units_of_any_size_give_each_line_once_with_its_number(tmp_path, unit_bytes):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b'{"text": "one"}\n\n{"text": "two is longer"}\r\n\n\n{"text": "3"}\n{"text": "last, no newline"}')
+    path.write_bytes(
+        b'{"text": "one"}\n\n{"text": "two is longer"}\r\n\n\n{"text": "3"}\n{"text": "last, no newline"}'
+    )
     (file,) = list_files(str(path), 0)
     whole = list(read_unit(Unit(file, 0, None, 0), HOW))
     lines, positions = [], []
@@ -125,7 +132,8 @@ def corrupt_gz(data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("ending", "damage"), [("gz", cut_gz), ("zst", cut_zst), ("gz", no_gz), ("zst", no_gz), ("gz", corrupt_gz)]
+    ("ending", "damage"),
+    [("gz", cut_gz), ("zst", cut_zst), ("gz", no_gz), ("zst", no_gz), ("gz", corrupt_gz)],
 )
 def test_what_cannot_be_decompressed_is_said_and_not_taken_for_the_end(tmp_path, ending, damage):
     data = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
