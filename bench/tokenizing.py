@@ -1,6 +1,6 @@
 """Speed of `python -m open_lm.tokenize` against the `tokenizers` library alone, on the same text.
 
-    python bench/tokenizing.py --inputs books.jsonl --tokenizer tokenizer.json --megabytes 40 --cases library local ray
+    python bench/tokenizing.py --inputs books.jsonl --tokenizer tokenizer.json --megabytes 40 --workers 1 2
 
 Every case is a process of its own, from its start to its end. `CPU s` is what the process and its children used,
 which other work on the machine disturbs less than seconds; Ray's workers are nobody's children, so it has none.

@@ -282,7 +282,7 @@ def test_refused(inputs, tmp_path, tokenizer, changes, said):
 def test_a_tokenizer_without_end_of_text(inputs, tmp_path, tokenizer):
     content = tokenizer.read_text().replace("<|endoftext|>", "<odd>")
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match="no end of text .*--end-of-text"):
+    with pytest.raises(ValueError, match=r"no end of text .*--end-of-text"):
         tokenize(config(inputs, tmp_path / "out", tmp_path))
     info = tokenize(config(inputs, tmp_path / "out", tmp_path, end_of_text="<odd>"))["train"]
     assert info["end_of_text_token"] == "<odd>"
