@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
-import open_lm
 from open_lm.tokenize.folder import open_folder
 from open_lm.tokenize.mapping import Encode, encode_unit
 from open_lm.tokenize.reducing import Pack, Tails, WriteShard, join_tails, pack_bucket, write_shard
@@ -96,7 +95,7 @@ class RayEngine(ExitStack):
         self.address, self.processes = address, processes
 
     def __enter__(self) -> "RayEngine":
-        package = str(Path(open_lm.__file__).parent)
+        package = str(Path(__file__).parents[1])
         place = {"num_cpus": self.processes, "include_dashboard": False}
         if self.address is not None:  # other machines may lack this package, or have another version of it
             place = {"runtime_env": {"py_modules": [package]}}
