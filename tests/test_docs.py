@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import tyro
 from open_lm.config.check import check
 from open_lm.config.parse import flag_types, parse
 from open_lm.config.resolve import resolve_model
+from open_lm.tokenize.settings import TokenizeConfig
+from open_lm.tokenize.settings import flag as flag_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / name for name in ("README.md", "MOE.md", "moe/README.md", "docs/architecture.md")]
@@ -91,6 +94,7 @@ def test_the_published_commands_are_in_the_documents() -> None:
 def test_flags_named_in_the_documents_exist() -> None:
     known = {"--" + name.replace("_", "-") for name in flag_types()} | {"--config", "--help"}
     others = {"--no-", "--nproc-per-node", "--extra-index-url", "--logs-specs", "--output", "--seq-len"}
+    others |= {flag_of(field.name) for field in fields(TokenizeConfig)}
     others |= {"--tiny", "--print-flags", "--nnodes", "--rdzv-backend"}  # of moe/recipes and torchrun
     for document in DOCUMENTS:
         prose = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)

@@ -54,25 +54,38 @@ def write_shard(folder: Path, number: int, tokens_NL: np.ndarray, key: str) -> d
         raise ValueError(f"shards of .{key} members cannot be written: take {', '.join(DTYPES)} or json.gz")
     name = f"shard_{number:08d}"
     digest, size = hashlib.sha256(), 0
-    pieces = pack_binary(number, tokens_NL, key) if key in DTYPES else pack_json(number, tokens_NL)
+    pieces, layout = pack(number, tokens_NL, key)
     with open(folder / f"{name}.tar", "wb") as file:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
             size += len(piece)
     sequences, tokens = tokens_NL.shape
-    line = {
+    return {
         "shard": name,
         "num_sequences": sequences,
         "tokens": sequences * tokens,
         "bytes": size,
         "sha256": digest.hexdigest(),
         "sequence_tokens": tokens,
-        "data_key": key,
+        **layout,
     }
-    if key in DTYPES:
-        line |= {"first_offset": BLOCK_BYTES, "stride": find_stride(tokens, key)}
-    return line
+
+
+def pack(number: int, tokens_NL: np.ndarray, key: str) -> tuple[Iterator[bytes], dict]:
+    """The pieces of a shard's bytes, and how its members lie: {"data_key", of binary ones "first_offset", "stride" in
+    bytes}."""
+    if key not in DTYPES:
+        return pack_json(number, tokens_NL), {"data_key": key}
+    layout = {"first_offset": BLOCK_BYTES, "stride": find_stride(tokens_NL.shape[1], key)}
+    return pack_binary(number, tokens_NL, key), {"data_key": key, **layout}
+
+
+def pack_tar(tokens_NL: np.ndarray, number: int, format: str) -> tuple[bytes, dict]:
+    """A whole shard and its layout, as `pack`; `binary` takes the key of the ids' dtype."""
+    key = f"u{8 * tokens_NL.itemsize}" if format == "binary" else format
+    pieces, layout = pack(number, tokens_NL, key)
+    return b"".join(pieces), layout
 
 
 def find_stride(sequence_tokens: int, key: str) -> int:

@@ -1,0 +1,137 @@
+"""--inputs to files, and files to units of work."""
+
+import glob
+import os
+import posixpath
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from open_lm.data.patterns import expand
+from open_lm.data.remote import find_file_system, is_local, remote_errors
+
+COMPRESSIONS = ("gz", "zst")
+FORMATS = {
+    "jsonl": "jsonl",
+    "ndjson": "jsonl",
+    "json": "jsonl",
+    "txt": "txt",
+    "parquet": "parquet",
+    "tar": "tar",
+}
+KNOWN = ".jsonl, .ndjson, .json (JSON lines), .txt, .parquet, .tar, with .gz or .zst where it is not parquet"
+
+
+class Kind(NamedTuple):
+    """How to read a file: format jsonl, txt, parquet or tar; compression gz, zst or none ('')."""
+
+    format: str
+    compression: str
+
+
+class File(NamedTuple):
+    """An input; `version` changes when its content does (time of change, or ETag)."""
+
+    source: int
+    number: int  # among the source's files
+    url: str
+    bytes: int
+    version: str
+
+
+class Unit(NamedTuple):
+    """What one task reads: the documents that begin in bytes (parquet: row groups) start … end-1 of a file."""
+
+    file: File
+    start: int
+    end: int | None
+    bytes: int
+
+
+def kind_of(name: str) -> Kind | None:
+    """By the endings of the name; None if it holds no documents."""
+    stem, _, ending = name.lower().rpartition(".")
+    compression = ending if ending in COMPRESSIONS else ""
+    format = FORMATS.get(stem.rpartition(".")[2] if compression else ending)
+    if format is None or (format == "parquet" and compression):
+        return None
+    return Kind(format, compression)
+
+
+def list_files(entry: str, source: int) -> list[File]:
+    """The files of one --inputs entry, in a fixed order. ValueError or FileNotFoundError names what gives none."""
+    found: dict[str, tuple[int, str]] = {}
+    for pattern in expand(entry):
+        listed = list(list_local(pattern) if is_local(pattern) else list_remote(pattern))
+        if not listed:
+            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
+        for url, size, version in listed:
+            if kind_of(url) is None:
+                raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")
+            found[url] = (size, version)
+    return [File(source, number, url, *found[url]) for number, url in enumerate(found)]
+
+
+def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
+    pattern = pattern.removeprefix("file://")
+    paths = [pattern]
+    if not os.path.exists(pattern):
+        paths = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else []
+        if not paths:
+            raise FileNotFoundError(f"--inputs {pattern}: no such file or folder")
+    for path in paths:
+        inside = [path]
+        if os.path.isdir(path):
+            walked = sorted(os.path.join(folder, n) for folder, _, names in os.walk(path) for n in names)
+            inside = [name for name in walked if in_folder(name)]
+        for name in inside:
+            with open(name, "rb"):  # unreadable: said before work starts
+                stat = os.stat(name)
+            yield name, stat.st_size, str(stat.st_mtime_ns)
+
+
+def list_remote(pattern: str) -> Iterator[tuple[str, int, str]]:
+    with remote_errors(pattern):
+        file_system, path = find_file_system(pattern)
+        if glob.has_magic(path):
+            found = file_system.glob(path, detail=True)
+        elif not pattern.endswith("/") and file_system.isfile(path):
+            found = {path: file_system.info(path)}
+        else:
+            found = {k: v for k, v in file_system.find(path, detail=True).items() if in_folder(k)}
+    for name, information in sorted(found.items()):
+        if information.get("type") != "directory":
+            version = next(
+                (str(information[k]) for k in ("ETag", "mtime", "LastModified") if k in information), ""
+            )
+            yield file_system.unstrip_protocol(name), int(information.get("size") or 0), version
+
+
+def in_folder(path: str) -> bool:
+    """Whether a file that only its folder's name stands for is meant: hidden files and .json are not."""
+    name = posixpath.basename(path)
+    kind = kind_of(name)
+    return kind is not None and not name.startswith(".") and not name.removesuffix(".gz").endswith(".json")
+
+
+def divide(file: File, unit_bytes: int) -> list[Unit]:
+    """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle."""
+    kind = kind_of(file.url)
+    assert kind is not None
+    if kind.format == "parquet":
+        return divide_parquet(file)
+    if kind != ("jsonl", "") or file.bytes <= unit_bytes:
+        return [Unit(file, 0, None, file.bytes)]
+    count = -(-file.bytes // unit_bytes)
+    ends = [file.bytes * i // count for i in range(count + 1)]
+    return [Unit(file, a, b, b - a) for a, b in pairwise(ends)]
+
+
+def divide_parquet(file: File) -> list[Unit]:
+    from open_lm.tokenize.readers import open_parquet
+
+    with open_parquet(file.url) as table:
+        groups = table.metadata.num_row_groups
+        sizes = [table.metadata.row_group(i).total_byte_size for i in range(groups)]
+    total = sum(sizes) or 1
+    return [Unit(file, i, i + 1, file.bytes * size // total) for i, size in enumerate(sizes)]

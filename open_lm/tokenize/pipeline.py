@@ -1,0 +1,249 @@
+"""The whole: plan → tokenizer → units → buckets → shards → manifest, each step only where it is not done yet."""
+
+import fcntl
+import json
+import os
+import posixpath
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
+from open_lm.tokenize.engines import Engine, open_engine
+from open_lm.tokenize.folder import PARTIAL, Folder
+from open_lm.tokenize.mapping import BadDocument, Block, Encode
+from open_lm.tokenize.packing import share_out
+from open_lm.tokenize.plan import Plan, claim, make_plan
+from open_lm.tokenize.progress import Progress
+from open_lm.tokenize.readers import How
+from open_lm.tokenize.reducing import Pack, Rows, Tails, WriteShard
+from open_lm.tokenize.settings import TokenizeConfig
+from open_lm.tokenize.split import PARTS
+from open_lm.tokenize.vocabulary import (
+    TOKENIZER,
+    U16_IDS,
+    count_ids,
+    find_end_of_text,
+    find_token,
+    parse,
+    train,
+)
+
+MANIFEST = "manifest.jsonl"
+INFO = "info.json"
+BAD = "bad.jsonl"
+HELD_OUT = "held_out"
+
+
+def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[str, dict]:
+    """Writes the output, or what is missing of it; returns info.json of each part.
+
+    ValueError: flags, inputs or documents (BadDocument); FileNotFoundError and OSError name what cannot be read.
+    """
+    plan = make_plan(config)
+    output = Folder(absolute(config.output))
+    work = Folder(absolute(config.work) if config.work else output.locate("work"))
+    parts = [part for part, buckets in zip(PARTS, plan.split.buckets, strict=True) if buckets]
+    with ExitStack() as stack:
+        progress = progress or stack.enter_context(Progress(config.progress_seconds))
+        stack.enter_context(locked(output))
+        claim(output, plan, "--output")
+        if MANIFEST in output.names():
+            progress.say(f"{config.output}: complete, by the same plan; nothing to do")
+        else:
+            claim(work, plan, "--work")
+            Run(config, plan, output, work, progress).write(parts)
+        work.delete_all()
+        output.delete({name for name in output.names() if name.endswith(PARTIAL)})
+        return {part: json.loads(output.read(folder_of(part) + INFO)) for part in parts}
+
+
+def absolute(url: str) -> str:
+    """A local path from the root, as workers elsewhere need it."""
+    return url if "://" in url else os.path.abspath(url)
+
+
+def folder_of(part: str) -> str:
+    return f"{HELD_OUT}/" if part == "held_out" else ""
+
+
+@contextmanager
+def locked(output: Folder) -> Iterator[None]:
+    """Holds a local output for this process (until it dies). ValueError: another run has it."""
+    if output.path is None:
+        yield
+        return
+    output.make()
+    descriptor = os.open(output.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"--output {output.url}: another run is writing there") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+class Run:
+    """One start of the command: its folders, its engine, and the results of tasks that an earlier start left."""
+
+    def __init__(
+        self, config: TokenizeConfig, plan: Plan, output: Folder, work: Folder, progress: Progress
+    ) -> None:
+        self.config, self.plan, self.progress = config, plan, progress
+        self.output, self.work = output, work
+        self.finished = {name for name in work.names() if name.endswith(".json")}
+
+    def write(self, parts: Sequence[str]) -> None:
+        """Everything; the manifest last."""
+        vocabulary = self.prepare_tokenizer()
+        length = self.config.seq_len + 1
+        rows = Rows(length, vocabulary.dtype, self.config.packing, vocabulary.pad, self.config.seed)
+        with open_engine(self.config.engine, self.config.processes, self.config.ray_address) as engine:
+            encoded = self.encode(engine, vocabulary)
+            packed = {part: self.pack(engine, part, encoded, rows) for part in parts}
+            manifests = {part: self.write_shards(engine, part, *packed[part][:2], rows) for part in parts}
+        counts = count_sources(self.plan.units, encoded, len(self.config.inputs))
+        bad = list(name_bad(self.plan.units, encoded))
+        if bad:
+            self.output.write(BAD, to_lines(bad))
+        for part in reversed(parts):  # train's manifest is the last file
+            dropped = packed[part][2]
+            info = describe_part(
+                part, self.config, self.plan, vocabulary, counts, packed[part][1], dropped, manifests[part]
+            )
+            folder = folder_of(part)
+            if folder:
+                self.output.write(folder + TOKENIZER, self.output.read(TOKENIZER))
+            self.output.write(folder + INFO, (json.dumps(info, indent=1) + "\n").encode())
+            self.output.write(folder + MANIFEST, to_lines(manifests[part]))
+
+    def prepare_tokenizer(self) -> Vocabulary:
+        """Puts tokenizer.json into the output, trained if need be."""
+        config, content = self.config, self.plan.tokenizer
+        if TOKENIZER in self.output.names():
+            content = self.output.read(TOKENIZER)
+        else:
+            if content is None:
+                limit_bytes = config.train_tokenizer_megabytes * 1e6
+                assert config.train_tokenizer is not None
+                self.progress.say(f"training a tokenizer of {config.train_tokenizer:,} ids")
+                how = How(config.text_key, config.txt_documents)
+                content = train(
+                    list(self.plan.units),
+                    how,
+                    self.plan.split,
+                    config.train_tokenizer,
+                    limit_bytes,
+                    config.seed,
+                )
+            self.output.write(TOKENIZER, content)
+        tokenizer = parse(content, config.tokenizer or "trained")
+        size, end = count_ids(tokenizer), find_end_of_text(tokenizer, config.end_of_text)
+        pad = end if config.pad_token is None else find_token(tokenizer, config.pad_token, "--pad-token")
+        dtype = "<u2" if size <= U16_IDS else "<u4"
+        return Vocabulary(size, end, str(tokenizer.id_to_token(end)), pad, dtype)
+
+    def run(
+        self,
+        engine: Engine,
+        title: str,
+        tasks: Sequence[Any],
+        size_of: Callable,
+        seen: Callable | None = None,
+    ) -> list[dict]:
+        """Results of the tasks in their order, those of an earlier start read back. `size_of`: bytes of a task."""
+        results: dict[str, dict] = {}
+        for task in tasks:
+            if f"{task.name}.json" in self.finished:
+                results[task.name] = json.loads(self.work.read(f"{task.name}.json"))
+                if seen:
+                    seen(task, results[task.name])
+        left = [task for task in tasks if task.name not in results]
+        sizes = {task.name: size_of(task) for task in tasks}
+        if results:
+            self.progress.say(f"{title}: {len(results):,} of {len(tasks):,} tasks were done before")
+        self.progress.start(title, sum(sizes.values()), sum(sizes[name] for name in results))
+        for task, result in engine.run(sorted(left, key=lambda task: -sizes[task.name])):  # the largest first
+            results[task.name] = result
+            self.progress.advance(sizes[task.name], result.get("counts", {}).get("encoded_bytes", 0))
+            if seen:
+                seen(task, result)
+        return [results[task.name] for task in tasks]
+
+    def encode(self, engine: Engine, vocabulary: Vocabulary) -> list[dict]:
+        """`mapping.encode_unit` of all units. BadDocument: more than --on-bad and --max-bad allow."""
+        config, bad = self.config, 0
+
+        def watch(task: Encode, result: dict) -> None:
+            nonlocal bad
+            bad += len(result["bad"])
+            if bad > (config.max_bad if config.on_bad == "skip" else 0):
+                raise BadDocument(
+                    f"{task.unit.file.url}: {result['bad'][-1][2]}, the last of {bad:,} bad documents "
+                    f"(--on-bad {config.on_bad}, --max-bad {config.max_bad})"
+                )
+
+        how = How(config.text_key, config.txt_documents)
+        tasks = [
+            Encode(
+                f"unit_{i:06d}", self.work.url, self.output.url, unit, how, self.plan.split,
+                vocabulary.end_of_text, vocabulary.dtype, config.on_bad, config.max_bad,
+            )
+            for i, unit in enumerate(self.plan.units)
+        ]  # fmt: skip
+        return self.run(engine, "tokenize", tasks, lambda task: task.unit.bytes, watch)
+
+    def pack(
+        self, engine: Engine, part: str, encoded: Sequence[dict], rows: Rows
+    ) -> tuple[list[str], list[dict], int]:
+        """Rows of all buckets of a part → (their files, their results, tokens dropped)."""
+        train_buckets, held_out_buckets = self.plan.split.buckets
+        first, count = (0, train_buckets) if part == "train" else (train_buckets, held_out_buckets)
+        tasks = []
+        for bucket in range(count):
+            found = [Block(*b) for result in encoded for b in result["blocks"].get(str(first + bucket), [])]
+            if found:
+                name = f"pack_{part}_{bucket:06d}"
+                tasks.append(Pack(name, self.work.url, rows, part, bucket, tuple(found)))
+        width = int(rows.dtype[2:])
+        results = self.run(
+            engine, f"pack {part}", tasks, lambda task: width * sum(b.tokens for b in task.blocks)
+        )
+        names = [f"{task.name}.rows" for task in tasks]
+        left = [
+            (name, result["rows"] * rows.length * width, result["tail"])
+            for name, result in zip(names, results, strict=True)
+            if result["tail"]
+        ]
+        if not left:
+            return names, results, 0
+        task = Tails(f"pack_{part}_tails", self.work.url, rows, part, tuple(left))
+        joined = self.run(engine, f"join {part}", [task], lambda task: width * sum(t[2] for t in task.tails))
+        return [*names, f"{task.name}.rows"], results + joined, joined[0]["tail"]
+
+    def write_shards(
+        self, engine: Engine, part: str, names: Sequence[str], packed: Sequence[dict], rows: Rows
+    ) -> list[dict]:
+        """The shards' lines of the manifest. ValueError: the text does not fill one sequence."""
+        output = Folder(posixpath.join(self.output.url, folder_of(part)))
+        output.make()
+        counts = [result["rows"] for result in packed]
+        total, size = sum(counts), self.config.sequences_per_shard
+        if not total:
+            raise ValueError(
+                f"{part}: the text does not fill one sequence of {rows.length:,} ids; give it more"
+            )
+        tasks, before = [], share_out(counts, 0)
+        for number, start in enumerate(range(0, total, size)):
+            after = share_out(counts, min(start + size, total))
+            slices = tuple((n, a, b - a) for n, a, b in zip(names, before, after, strict=True) if b > a)
+            name = f"shard_{part}_{number:08d}"
+            tasks.append(
+                WriteShard(name, self.work.url, output.url, rows, part, number, slices, self.config.format)
+            )
+            before = after
+        return self.run(
+            engine, f"write {part}", tasks, lambda task: sum(s[2] for s in task.slices) * rows.length
+        )

@@ -1,0 +1,157 @@
+import gzip
+import io
+import json
+import tarfile
+
+import pytest
+import zstandard
+
+from open_lm.tokenize.inputs import Unit, divide, list_files
+from open_lm.tokenize.readers import How, count_lines, read_unit
+from tests.tokenize.conftest import TEXTS, write_lines
+
+HOW = How("text", "file")
+
+
+def read(path, how=HOW, unit_bytes=10**9):
+    files = list_files(str(path), 0)
+    return [d for file in files for unit in divide(file, unit_bytes) for d in read_unit(unit, how)]
+
+
+def texts_of(documents):
+    assert all(d.text is not None for d in documents), documents
+    return [d.text for d in documents]
+
+
+def test_every_kind_of_file_gives_the_same_documents(tmp_path):
+    plain = write_lines(tmp_path / "a.jsonl", TEXTS)
+    data = plain.read_bytes()
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(data[:999]) + gzip.compress(data[999:]))
+    frames = [zstandard.compress(data[:555]), zstandard.compress(data[555:])]
+    (tmp_path / "c.jsonl.zst").write_bytes(b"".join(frames))
+    with tarfile.open(tmp_path / "d.tar.gz", "w:gz") as tar:
+        for name, half in (
+            ("x/1.jsonl", data),
+            ("x/skipped.bin", b"\0"),
+            ("x/2.jsonl.gz", gzip.compress(data)),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(half)
+            tar.addfile(member, io.BytesIO(half))
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst"):
+        assert texts_of(read(tmp_path / name)) == TEXTS
+    assert texts_of(read(tmp_path / "d.tar.gz")) == TEXTS * 2
+    positions = [d.position for d in read(tmp_path / "d.tar.gz")]
+    assert len(set(positions)) == 400
+
+
+def test_parquet(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(
+        pyarrow.table({"text": TEXTS, "n": range(200)}), tmp_path / "a.parquet", row_group_size=70
+    )
+    documents = read(tmp_path / "a.parquet")
+    assert texts_of(documents) == TEXTS
+    assert len({d.position for d in documents}) == 200
+    assert len(divide(list_files(str(tmp_path), 0)[0], 1)) == 3
+    (other,) = {d.problem for d in read(tmp_path / "a.parquet", How("body", "file"))}
+    assert "no column 'body'" in other
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"b\.parquet: cannot be read as parquet"):
+        read(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000, 10**6])
+def test_units_of_any_size_give_each_line_once_with_its_number(tmp_path, unit_bytes):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(
+        b'{"text": "one"}\n\n{"text": "two is longer"}\r\n\n\n{"text": "3"}\n{"text": "last, no newline"}'
+    )
+    (file,) = list_files(str(path), 0)
+    whole = list(read_unit(Unit(file, 0, None, 0), HOW))
+    lines, positions = [], []
+    for unit in divide(file, unit_bytes):
+        for document in read_unit(unit, HOW):
+            positions.append(document.position)
+            lines.append((document.line + count_lines(unit), document.text))
+    assert lines == [(d.line, d.text) for d in whole]
+    assert positions == [d.position for d in whole]
+    assert [line for line in lines if line[1]] == [
+        (1, "one"), (3, "two is longer"), (6, "3"), (7, "last, no newline")
+    ]  # fmt: skip
+
+
+def test_txt(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffé\nb\r\n\nc".encode())
+    assert texts_of(read(tmp_path / "a.txt")) == ["é\nb\r\n\nc"]
+    assert texts_of(read(tmp_path / "a.txt", How("text", "line"))) == ["é", "b", "", "c"]
+    (tmp_path / "a.txt").write_bytes(b"ok\n\xff")
+    assert [d.problem for d in read(tmp_path / "a.txt")] == ["not UTF-8: invalid start byte at byte 3"]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        (b'{"text": "x"', "not JSON: Expecting"),
+        (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
+        (b'{"body": "x"}', "no key 'text' (--text-key)"),
+        (b'["x"]', "no key 'text'"),
+        (b'{"text": 3}', "'text' is a int, not a string"),
+        (b'{"text": null}', "'text' is a NoneType"),
+        (b'{"text": "\\ud800"}', "no Unicode text: surrogates not allowed"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_bad_lines(tmp_path, line, problem):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    first, bad, last = read(tmp_path / "a.jsonl")
+    assert (first.text, last.text) == ("a", "b")
+    assert bad.text is None
+    assert bad.line == 2
+    assert problem in bad.problem
+
+
+def cut_gz(data: bytes) -> bytes:
+    return gzip.compress(data)[:-20]
+
+
+def cut_zst(data: bytes) -> bytes:
+    return zstandard.compress(data)[:-20]
+
+
+def no_gz(data: bytes) -> bytes:
+    return data
+
+
+def corrupt_gz(data: bytes) -> bytes:
+    packed = bytearray(gzip.compress(data))
+    packed[len(packed) // 2] ^= 255
+    return bytes(packed)
+
+
+@pytest.mark.parametrize(
+    ("ending", "damage"),
+    [("gz", cut_gz), ("zst", cut_zst), ("gz", no_gz), ("zst", no_gz), ("gz", corrupt_gz)],
+)
+def test_what_cannot_be_decompressed_is_said_and_not_taken_for_the_end(tmp_path, ending, damage):
+    data = "".join(json.dumps({"text": t}) + "\n" for t in TEXTS).encode()
+    (tmp_path / f"a.jsonl.{ending}").write_bytes(damage(data))
+    documents = read(tmp_path / f"a.jsonl.{ending}")
+    problems = [d.problem for d in documents if d.text is None]
+    assert "unreadable from here on" in problems[-1]
+    assert documents[-1].text is None
+
+
+@pytest.mark.parametrize("kept", [300, 512, 2048 + 100, 3 * 512 + 512, 0.5])
+def test_a_tar_that_is_cut_short_is_said(tmp_path, kept):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in ("1.txt", "2.txt", "3.txt"):
+            member = tarfile.TarInfo(name)
+            member.size = 1000
+            tar.addfile(member, io.BytesIO(b"x" * 1000))
+    data = (tmp_path / "a.tar").read_bytes()
+    assert not [d for d in read(tmp_path / "a.tar") if d.text is None]
+    (tmp_path / "a.tar").write_bytes(data[: kept if kept > 1 else int(4608 * kept)])
+    assert "unreadable from here on" in read(tmp_path / "a.tar")[-1].problem
