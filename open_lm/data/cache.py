@@ -13,11 +13,12 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from io import BufferedRandom
 from pathlib import Path
-from typing import BinaryIO
 
 from open_lm.config.data import DataConfig
 from open_lm.data.retry import Patience, redact
@@ -74,7 +75,7 @@ def open_cached(path: Path) -> int:
 
 
 def open_or_write(
-    cache: Cache, name: str, url: str, write: Callable[[BinaryIO], None], size: int | None = None
+    cache: Cache, name: str, url: str, write: Callable[[BufferedRandom], None], size: int | None = None
 ) -> int:
     """A descriptor of the file of this name, which `write` writes if it is not there: by one process of several.
 
@@ -107,7 +108,7 @@ def open_or_write(
     return fd
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], None]) -> int:
+def write_file(path: Path, write: Callable[[BufferedRandom], None]) -> int:
     """Writes the file beside its place and renames it; returns a descriptor for reading."""
     partial = path.with_name(f"{path.stem}.{secrets.token_hex(4)}.partial")
     try:
@@ -148,7 +149,9 @@ def locked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            fcntl.flock(file, fcntl.LOCK_UN)  # a child forked meanwhile has the same lock: closing is not enough
+            fcntl.flock(
+                file, fcntl.LOCK_UN
+            )  # a child forked meanwhile has the same lock: closing is not enough
 
 
 def make_room(cache: Cache, needed_bytes: int, keep: Path | None = None) -> None:
@@ -181,10 +184,4 @@ def is_abandoned(partial: Path) -> bool:
         except BlockingIOError:
             return False
         # Between its creation and its lock a file is free, too, and empty.
-        return os.fstat(file.fileno()).st_size > 0 or os.path.getmtime(partial) < _one_minute_ago()
-
-
-def _one_minute_ago() -> float:
-    import time
-
-    return time.time() - 60
+        return os.fstat(file.fileno()).st_size > 0 or time.time() - os.path.getmtime(partial) > 60

@@ -102,6 +102,8 @@ class Fetcher:
     def plan(self) -> None:
         with suppress(Exception):  # reading the item gives it again
             for position, number in enumerate(self.numbers):
+                with self.changed:
+                    self.changed.wait_for(lambda: self.stop.is_set() or self.is_near(position))  # noqa: B023
                 for shard in dict.fromkeys(self.find_shards(number)):
                     self.schedule(shard, position)
                 if self.stop.is_set():
@@ -122,11 +124,14 @@ class Fetcher:
                 self.size[shard.url] = shard.bytes or 0
         self.waiting.put(shard)
 
+    def is_near(self, position: int) -> bool:
+        return position <= self.position + AHEAD_ITEMS
+
     def has_room(self, position: int) -> bool:
         """Whether one more shard may be fetched for the item at `position`. Unknown sizes: as the largest met."""
         if position <= self.position:
             return True
-        if position > self.position + AHEAD_ITEMS or len(self.needed) >= AHEAD_SHARDS:
+        if len(self.needed) >= AHEAD_SHARDS:
             return False
         total = sum(size or self.largest for size in self.size.values()) + self.largest
         return total <= self.cache.limit_bytes // 2

@@ -15,10 +15,11 @@ import signal
 import subprocess
 import tempfile
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple
+from io import BufferedRandom
+from typing import Any, NamedTuple
 
 from open_lm.data.cache import Cache, make_private_folder, open_or_write
-from open_lm.data.retry import LastingError, Patience, explain, redact, retry
+from open_lm.data.retry import LastingError, Patience, redact, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
 
@@ -109,7 +110,9 @@ class Expected(NamedTuple):
     sha256: str | None
 
 
-def fetch(url: str, file: BinaryIO, patience: Patience, expected: Expected, found: Found | None) -> None:
+def fetch(
+    url: str, file: BufferedRandom, patience: Patience, expected: Expected, found: Found | None
+) -> None:
     """Writes the file, and again if it is not what is expected, up to 1 + REFETCHES times. Then OSError."""
     for attempt in range(1, REFETCHES + 2):
         if url.startswith(PIPE):
@@ -130,7 +133,7 @@ def fetch(url: str, file: BinaryIO, patience: Patience, expected: Expected, foun
     )
 
 
-def find_difference(file: BinaryIO, expected: Expected) -> str | None:
+def find_difference(file: BufferedRandom, expected: Expected) -> str | None:
     """What is not as expected, for people."""
     file.flush()
     length = file.seek(0, os.SEEK_END)
@@ -158,7 +161,9 @@ def find_remote(url: str, patience: Patience) -> Found:
     def find() -> Found:
         file_system, path = find_file_system(url, patience)
         information = file_system.info(path)
-        version = [str(information.get(name)) for name in ("ETag", "LastModified", "Last-Modified", "mtime", "size")]
+        version = [
+            str(information.get(name)) for name in ("ETag", "LastModified", "Last-Modified", "mtime", "size")
+        ]
         size = information.get("size")
         has_parts = size is not None and information.get("partial", True)
         return Found(file_system, path, size, "\n".join(version), has_parts)
@@ -166,7 +171,7 @@ def find_remote(url: str, patience: Patience) -> Found:
     return retry(url, "looking it up", find, patience)
 
 
-def download(url: str, found: Found, file: BinaryIO, patience: Patience) -> None:
+def download(url: str, found: Found, file: BufferedRandom, patience: Patience) -> None:
     """Writes the remote file, part by part: what came stays when the connection breaks."""
     file.seek(0)
     file.truncate()
@@ -188,7 +193,7 @@ def read_part(found: Found, start: int, end: int) -> bytes:
     return data
 
 
-def download_whole(found: Found, file: BinaryIO) -> None:
+def download_whole(found: Found, file: BufferedRandom) -> None:
     found.file_system.get_file(found.path, file.name)
     length = os.path.getsize(file.name)
     if found.size is not None and length != found.size:
@@ -200,6 +205,7 @@ def find_file_system(url: str, patience: Patience | None) -> tuple[Any, str]:
 
     S3 and http keep the time limit of `patience`; other file systems have their own.
     """
+    import fsspec.config
     import fsspec.core
 
     seconds = (patience or Patience()).timeout_seconds
@@ -220,7 +226,7 @@ def find_file_system(url: str, patience: Patience | None) -> tuple[Any, str]:
     return file_system, path
 
 
-def run_command(url: str, file: BinaryIO, patience: Patience) -> None:
+def run_command(url: str, file: BufferedRandom, patience: Patience) -> None:
     """Writes what `pipe:COMMAND` prints to the file.
 
     OSError with its exit status and stderr; TimeoutError when it has printed nothing for the time limit.

@@ -146,11 +146,15 @@ def explain(url: str, error: BaseException) -> Exception:
         return FileNotFoundError(f"{redact(url)}: no such file")
     if isinstance(error, ImportError):
         package = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(url.partition(":")[0])
-        return ImportError(f"{redact(url)}: {error} (pip install {package or 'the package that fsspec names'})")
+        return ImportError(
+            f"{redact(url)}: {error} (pip install {package or 'the package that fsspec names'})"
+        )
     if isinstance(error, LastingError):
         return LastingError(f"{redact(url)}: {redact(str(error))}")
     hint = next((text for name, text in HINTS.items() if name in type(error).__name__), "")
-    return OSError(getattr(error, "errno", None) or 0, f"{redact(url)}: cannot be read: {describe(error)}{hint}")
+    return OSError(
+        getattr(error, "errno", None) or 0, f"{redact(url)}: cannot be read: {describe(error)}{hint}"
+    )
 
 
 def describe(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.data.remote import Cache
+from open_lm.data.remote import Cache, Patience
 
 ENCODERS = {
     "json": lambda tokens: json.dumps(tokens).encode(),
@@ -20,7 +20,7 @@ ENCODERS = {
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
+    return Cache(tmp_path / "cache", patience=Patience(first_wait_seconds=0.01))
 
 
 @pytest.fixture
