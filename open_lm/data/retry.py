@@ -158,8 +158,9 @@ def explain(url: str, error: BaseException) -> Exception:
 
 
 def describe(error: BaseException) -> str:
-    """Class and message, without secrets."""
-    return f"{type(error).__name__}: {redact(str(error) or repr(error))}"
+    """Class and message, without secrets: of a server's own answer, which s3fs keeps as the cause."""
+    told = next((cause for cause in walk_causes(error) if find_status(cause)[0]), error)
+    return type(told).__name__ + (f": {redact(str(told))}" if str(told) else "")
 
 
 @contextmanager

@@ -1,10 +1,12 @@
 """Tar shards written by the standard library, and a shard cache of the test's own."""
 
 import gzip
+import importlib.util
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,17 @@ def write_source(write_shard: Callable) -> Callable:
         return str(manifest)
 
     return write
+
+
+@pytest.fixture
+def faults(bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """A proxy before the server of `bucket`: what s3fs asks for goes through it from now on."""
+    spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    proxy = module.FaultProxy(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()

@@ -35,6 +35,7 @@ class FaultProxy:
         self.upstream = urlsplit(upstream)
         self.requests: list[Request] = []
         self.faults: dict[tuple[str, str], deque[str]] = {}
+        self.ignores_ranges = False
         self.closed = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Handler,), {"proxy": self}))
         self.server.daemon_threads = True
@@ -88,7 +89,10 @@ class Handler(BaseHTTPRequestHandler):
         assert fault in ("", *BODY_FAULTS), fault
         upstream = http.client.HTTPConnection(self.proxy.upstream.netloc)
         try:
-            upstream.request(self.command, self.path, body, dict(self.headers.items()))
+            headers = dict(self.headers.items())
+            if self.proxy.ignores_ranges:
+                headers.pop("Range", None)
+            upstream.request(self.command, self.path, body, headers)
             response = upstream.getresponse()
             content = response.read()
             headers = {k: v for k, v in response.getheaders() if k.lower() not in DROPPED}
