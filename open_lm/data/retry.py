@@ -21,7 +21,7 @@ HINTS = {
 PASSING_CODES = {"RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "SlowDown"}
 PASSING_STATUSES = {408, 425, 429}
 # Names, as the packages that define them (botocore, aiohttp, http.client) may be missing.
-PASSING_CLASSES = {"HTTPClientError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"}
+PASSING_CLASSES = {"HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"}
 LASTING_CLASSES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LOCAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 SECRETS = [
@@ -29,7 +29,7 @@ SECRETS = [
     (re.compile(r"(\w+://[^\s'\"?]+)\?[^\s'\")]+"), r"\1?…"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), r"\1…"),
     (
-        re.compile(r"(?i)([\w-]*(?:secret|token|passw|signature|credential|api_?key|access_?key)[\w-]*"
+        re.compile(r"(?i)([\w-]*(?:secret|token|passw|signature|credential|api[-_]?key|access[-_]?key)[\w-]*"
                    r"['\"]?\s*[=:]\s*['\"]?)[^\s'\"&]+"),
         r"\1…",
     ),
@@ -152,9 +152,9 @@ def explain(url: str, error: BaseException) -> Exception:
     if isinstance(error, LastingError):
         return LastingError(f"{redact(url)}: {redact(str(error))}")
     hint = next((text for name, text in HINTS.items() if name in type(error).__name__), "")
-    return OSError(
-        getattr(error, "errno", None) or 0, f"{redact(url)}: cannot be read: {describe(error)}{hint}"
-    )
+    explained = OSError(f"{redact(url)}: cannot be read: {describe(error)}{hint}")
+    explained.errno = getattr(error, "errno", None)
+    return explained
 
 
 def describe(error: BaseException) -> str:

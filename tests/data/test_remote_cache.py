@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from open_lm.data import cache as cache_module
+from open_lm.data import remote
 from open_lm.data.remote import Cache, Patience, open_file
 
 FORK = multiprocessing.get_context("fork")
@@ -96,7 +97,7 @@ def test_without_a_cache_only_what_is_open_stays(tmp_path):
 
 def test_what_a_dead_process_left_is_removed(tmp_path):
     cache = Cache(tmp_path / "cache")
-    fetching = FORK.Process(target=open_file, args=("pipe:printf half; sleep 60", cache))
+    fetching = FORK.Process(target=open_file, args=("pipe:head -c 100000 /dev/zero; sleep 20", cache))
     fetching.start()
     while not (partial := list(cache.folder.glob("*.partial"))) or not partial[0].stat().st_size:
         time.sleep(0.01)
@@ -132,12 +133,13 @@ def test_a_full_disk_empties_the_cache_and_then_is_named(tmp_path):
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_the_disk_filled_by_a_download_is_not_tried_again(tmp_path, monkeypatch):
-    """/dev/full says it of a real write."""
-    monkeypatch.setattr(cache_module, "write_file", lambda path, write: write(open("/dev/full", "w+b", 0)))
-    cache = Cache(tmp_path, patience=Patience(first_wait_seconds=60))
-    with pytest.raises(OSError, match=r"no space is left .* are free"), pytest.warns(ResourceWarning):
-        open_file("pipe:printf 1", cache)
+def test_the_disk_filled_by_a_download_is_not_waited_for(tmp_path, monkeypatch):
+    def fill(url, file, patience) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote, "run_command", fill)
+    with pytest.raises(OSError, match=r"no space is left .* are free"):
+        open_file("pipe:printf 1", Cache(tmp_path, patience=Patience(first_wait_seconds=600)))
 
 
 def test_another_users_folder_is_refused(tmp_path, monkeypatch):

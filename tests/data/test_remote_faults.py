@@ -3,7 +3,9 @@
 import hashlib
 import os
 import time
+from dataclasses import replace
 
+import boto3
 import pytest
 
 from open_lm.data import remote
@@ -24,12 +26,16 @@ def s3(faults, bucket, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "a.tar").write_bytes(CONTENT)
     bucket(folder)
+    client = boto3.client("s3")
+    client.put_object_acl(Bucket="bucket", Key="a.tar", ACL="public-read")  # for http
+    client.close()
+    faults.requests.clear()
     return faults
 
 
 @pytest.fixture
 def cache(tmp_path):
-    return Cache(tmp_path / "cache", patience=Patience(3, 0.4, first_wait_seconds=0.001))
+    return Cache(tmp_path / "cache", patience=Patience(3, 10, first_wait_seconds=0.001))
 
 
 def read(url: str, cache: Cache, *expected) -> bytes:
@@ -37,6 +43,10 @@ def read(url: str, cache: Cache, *expected) -> bytes:
     content = os.pread(fd, 2 * len(CONTENT), 0)
     os.close(fd)
     return content
+
+
+def notice_stalls(cache: Cache) -> Cache:
+    return replace(cache, patience=replace(cache.patience, timeout_seconds=1))
 
 
 def url_of(s3, scheme: str) -> str:
@@ -50,6 +60,8 @@ PASSING = [("503",) * 3, ("500",), ("429",), ("reset",), ("truncate",), ("short"
 @pytest.mark.parametrize("scheme", ["s3", "http"])
 @pytest.mark.parametrize("injected", PASSING, ids="-".join)
 def test_faults_that_pass_cost_only_their_part(s3, cache, injected, scheme, caplog):
+    if "stall" in injected:
+        cache = notice_stalls(cache)
     s3.add("a.tar", *injected)
     started = time.monotonic()
     assert read(url_of(s3, scheme), cache, None, SHA256) == CONTENT
@@ -58,9 +70,10 @@ def test_faults_that_pass_cost_only_their_part(s3, cache, injected, scheme, capl
     assert len(requests) == PARTS + len(failures)
     assert len({request.range for request in requests}) == PARTS
     warnings = [record.getMessage() for record in caplog.records if record.name == "open_lm.data.retry"]
-    assert len(warnings) == len(failures)
+    # aiohttp itself repeats a request that was not answered on a connection it had used before
+    assert len(warnings) == len(failures) or injected == ("refuse",)
     assert all("/a.tar: fetching bytes" in text and "of 4" in text for text in warnings)
-    assert time.monotonic() - started < 10  # 60 s and more without time limits of our own
+    assert time.monotonic() - started < 30  # 60 s and more for a stall without time limits of our own
 
 
 @pytest.mark.parametrize("scheme", ["s3", "http"])
@@ -80,9 +93,10 @@ def test_denied_and_missing_fail_at_once(s3, cache, status, kind, scheme, caplog
 
 @pytest.mark.parametrize("fault", ["503", "reset", "stall"])
 def test_faults_that_last_end_with_the_name(s3, cache, fault):
+    cache = notice_stalls(cache)
     s3.add("a.tar", "", *[fault] * 9)
     with pytest.raises(OSError, match=r"^s3://bucket/a\.tar: fetching bytes 25,000 to 50,000 of 100,000 failed 4 times"
-                       r" in [\d.]+ s \(--data-retries 3, --data-timeout 0\.4\), at last with \w+"):  # fmt: skip
+                       r" in [\d.]+ s \(--data-retries 3, --data-timeout 1\), at last with \w+"):  # fmt: skip
         open_file(URL, cache)
     assert len(s3.asked("a.tar")) == 1 + 4
     assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
