@@ -116,7 +116,7 @@ class Fetcher:
         if is_local(shard.url) or (last is not None and position - last <= AHEAD_ITEMS):
             return
         with self.changed:
-            self.changed.wait_for(lambda: self.stop.is_set() or self.has_room(position))
+            self.changed.wait_for(lambda: self.stop.is_set() or self.has_room(shard, position))
             if self.stop.is_set():
                 return
             if position > self.position:
@@ -127,13 +127,13 @@ class Fetcher:
     def is_near(self, position: int) -> bool:
         return position <= self.position + AHEAD_ITEMS
 
-    def has_room(self, position: int) -> bool:
-        """Whether one more shard may be fetched for the item at `position`. Unknown sizes: as the largest met."""
+    def has_room(self, shard: Shard, position: int) -> bool:
+        """Whether the shard may be fetched for the item at `position`. Unknown sizes: as the largest met."""
         if position <= self.position:
             return True
         if len(self.needed) >= AHEAD_SHARDS:
             return False
-        total = sum(size or self.largest for size in self.size.values()) + self.largest
+        total = sum(size or self.largest for size in self.size.values()) + (shard.bytes or self.largest)
         return total <= self.cache.limit_bytes // 2
 
     def fetch(self) -> None:

@@ -21,7 +21,9 @@ HINTS = {
 PASSING_CODES = {"RequestTimeout", "Throttling", "ThrottlingException", "TooManyRequests", "SlowDown"}
 PASSING_STATUSES = {408, 425, 429}
 # Names, as the packages that define them (botocore, aiohttp, http.client) may be missing.
-PASSING_CLASSES = {"HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"}
+PASSING_CLASSES = {
+    "HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"
+}  # fmt: skip
 LASTING_CLASSES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LOCAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
 SECRETS = [

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 from collections import deque
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -130,16 +131,12 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def finish(self) -> None:
-        try:
+        with suppress(OSError, ValueError):  # the client or a fault has closed it
             super().finish()
-        except (OSError, ValueError):  # the client or a fault has closed it
-            pass
 
     def handle(self) -> None:
-        try:
+        with suppress(OSError, ValueError):
             super().handle()
-        except (OSError, ValueError):
-            pass
 
     do_GET = do_HEAD = do_PUT = do_POST = answer
 
