@@ -1,4 +1,4 @@
-"""What networks and object stores do, done by a proxy before an S3 server: what comes of it, in how many requests."""
+"""What networks and object stores do, done by a proxy before an S3 server: results and numbers of requests."""
 
 import hashlib
 import os
@@ -53,7 +53,7 @@ def url_of(s3, scheme: str) -> str:
     return URL if scheme == "s3" else f"{s3.url}/bucket/a.tar"
 
 
-PASSING = [("503",) * 3, ("500",), ("429",), ("reset",), ("truncate",), ("short",), ("refuse",), ("stall",), ("slow",),
+PASSING = [("503",) * 3, ("500",), ("429",), ("reset",), ("truncate",), ("short",), ("refuse",), ("stall",), ("slow",),  # noqa: E501
            ("", "reset", "", "stall", "503")]  # fmt: skip
 
 
@@ -95,8 +95,8 @@ def test_denied_and_missing_fail_at_once(s3, cache, status, kind, scheme, caplog
 def test_faults_that_last_end_with_the_name(s3, cache, fault):
     cache = notice_stalls(cache)
     s3.add("a.tar", "", *[fault] * 9)
-    with pytest.raises(OSError, match=r"^s3://bucket/a\.tar: fetching bytes 25,000 to 50,000 of 100,000 failed 4 times"
-                       r" in [\d.]+ s \(--data-retries 3, --data-timeout 1\), at last with \w+"):  # fmt: skip
+    with pytest.raises(OSError, match=r"^s3://bucket/a\.tar: fetching bytes 25,000 to 50,000 of 100,000 failed 4 "
+                       r"times in [\d.]+ s \(--data-retries 3, --data-timeout 1\), at last with \w+"):  # fmt: skip
         open_file(URL, cache)
     assert len(s3.asked("a.tar")) == 1 + 4
     assert {path.suffix for path in cache.folder.iterdir()} == {".lock"}
