@@ -200,7 +200,7 @@ def download_whole(found: Found, file: BufferedRandom) -> None:
         raise OSError(f"{length:,} bytes came of {found.size:,}")
 
 
-def find_file_system(url: str, patience: Patience | None) -> tuple[Any, str]:
+def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, str]:
     """The file system, of which each process has one, and the path in it. It does not retry by itself.
 
     S3 and http keep the time limit of `patience`; other file systems have their own.
