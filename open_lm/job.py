@@ -16,7 +16,7 @@ from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring, fetch, n
 from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
-from open_lm.config.resolve import RUNTIME_FIELDS, flatten, reconcile
+from open_lm.config.resolve import RUNTIME_FIELDS, check_model, flatten, reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
 from open_lm.data.cache import find_cache
@@ -24,6 +24,7 @@ from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
 from open_lm.data.remote import is_local
+from open_lm.moe.backends import select
 from open_lm.moe.notes import notes as notes_on_experts
 from open_lm.nn.attention import load_xformers
 from open_lm.parallel import mesh
@@ -87,14 +88,16 @@ def prepare(
     folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
     averagers = parse_averagers(run.averaging.averagers)
     # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
-    start, warned = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers))) or (
-        None,
-        (),
-    )
+    found = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers)))
+    start, warned = found or (None, ())
     notes = [*notes, *world.notes, *warned]
     if start is not None and start.model_config is not None:
         config, taken = reconcile(config, start.model_config, given, start.name)
         notes += taken
+    else:
+        check_model(config, given)
+    if config.moe.enabled:
+        select(config.moe.backend)
     notes += notes_on_experts(config.moe)
     if config.attn_name.startswith("xformers"):
         load_xformers(world.device)

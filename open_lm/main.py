@@ -16,7 +16,7 @@ from open_lm import checkpoint
 from open_lm.averaging import Average
 from open_lm.checkpoint.sync import Sync, delete_before
 from open_lm.config.averaging import NONE, coefficients_of
-from open_lm.config.check import check
+from open_lm.config.check import check, starts_from_checkpoint
 from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with refusing():
         run, given = parse(sys.argv[1:] if arguments is None else arguments)
         notes = check(run, given)
-        config = resolve_model(run.model, run.moe, given)
+        config = resolve_model(run.model, run.moe, given, complete=not starts_from_checkpoint(run))
         ranks = find_ranks(run.distributed)
         if not ranks.is_needed:
             print(f"rank {ranks.rank} is not needed with --preset-world-size {ranks.world_size}: it ends")

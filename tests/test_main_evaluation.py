@@ -1,6 +1,7 @@
 """Evaluation as users run it: several --val-data, their names, intervals, results.jsonl, limits, masks."""
 
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -146,3 +147,23 @@ def test_masks_act_in_training_and_evaluation_and_belong_to_the_run(sources, tmp
         with pytest.raises(SystemExit):
             evaluate(tmp_path, f"--val-data {sources[2]} {extra}", "refused")
         assert says in capsys.readouterr().err
+
+
+def test_one_moe_flag_changes_what_the_checkpoint_says(sources, tmp_path, capsys) -> None:
+    """MOE.md: the same weights without dropping; what is not given is the checkpoint's, MoE layers too."""
+    experts = "--moe-freq 2 --moe-num-experts 4 --moe-capacity-factor 0.5"
+    train(sources, tmp_path, f"{experts} --max-steps 5 --val-data {sources[2]}")
+    (trained,) = validation(tmp_path)
+    assert trained["valid/dropped_share"] > 0
+    evaluate(tmp_path, f"--val-data {sources[2]} --moe-capacity-factor 0")
+    (line,) = read(tmp_path / "run/checkpoints/results.jsonl")[1:]
+    assert line["dropped_share"] == 0
+    for extra, message in (
+        ("--moe-num-experts 8", "--moe-num-experts 8, but .* was trained with 4"),
+        ("--moe-top-k 1 --moe-backend megablocks", "--moe-top-k 1, but .* was trained with 2"),
+        ("--moe-backend megablocks", "--moe-backend megablocks"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            evaluate(tmp_path, f"--val-data {sources[2]} {extra}", name="other")
+        assert end.value.code == 2
+        assert re.search(message, capsys.readouterr().err)

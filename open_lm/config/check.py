@@ -49,6 +49,11 @@ def trains(run: RunConfig) -> bool:
     return bool(run.data.train_data or run.data.dataset_manifest) or run.data.dataset_type == "synthetic"
 
 
+def starts_from_checkpoint(run: RunConfig) -> bool:
+    """Whether a checkpoint may complete the model that the flags describe."""
+    return bool(run.checkpoint.resume or run.checkpoint.pretrained or run.averaging.average)
+
+
 def check(run: RunConfig, given: Collection[str]) -> list[str]:
     """Raises ValueError on the first contradiction; returns one warning line per flag that does nothing."""
     warnings = _check_later(run.later)

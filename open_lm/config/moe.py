@@ -85,11 +85,11 @@ class MoEConfig:
     """In training, Gumbel noise on the logits that experts are selected by: for all choices (DeepSpeed's RSample),
     or for all but the first (its and GShard's sampled second expert). The weights are without it."""
 
-    threshold: Annotated[float, arg(name="moe-threshold")] = 0.2
+    threshold: Annotated[float | tuple[float, ...], arg(name="moe-threshold")] = 0.2
     """Routers threshold and coordinate_descent: choice j >= 2 with weight g is kept with probability g / threshold;
-    in evaluation, which must repeat, if that is more than 1/2."""
+    in evaluation, which must repeat, if that is more than 1/2. One number for all these choices, or one each."""
 
-    eval_threshold: Annotated[float | None, arg(name="moe-eval-threshold")] = None
+    eval_threshold: Annotated[float | tuple[float, ...] | None, arg(name="moe-eval-threshold")] = None
     """The same in evaluation. Default: as in training."""
 
     straight_through: Annotated[bool, arg(name="moe-straight-through")] = False
@@ -97,7 +97,7 @@ class MoEConfig:
 
     balance: Annotated[tuple[BalanceName, ...] | None, arg(name="moe-balance")] = None
     """What keeps the experts' loads even. aux: Switch's loss per micro-batch; sequence: per sequence; global: with
-    the counts of the whole batch, over ranks and micro-batches; first_choice: of first choices alone; importance:
+    the counts of all ranks and the step's micro-batches so far; first_choice: of first choices; importance:
     Shazeer's two CV²; bias: DeepSeek-V3's, no loss. Default: aux; none for routers that balance by themselves."""
 
     loss_weight: Annotated[float | tuple[float, ...], arg(name="moe-loss-weight")] = 0.1

@@ -13,7 +13,7 @@ EXPERTS_CHOOSE = ("expert_choice", "expert_choice_causal")
 # Routers that remove choices of a small weight, and whose weights sum to one.
 REMOVING = ("threshold", "coordinate_descent")
 OF_CAPACITY = ("drop_policy", "pad_to_capacity", "min_capacity", "capacity_per", "capacity_rounding")
-POSITIVE = ("num_groups", "top_groups", "weight_scale", "threshold", "eval_threshold", "hidden_dim",
+POSITIVE = ("num_groups", "top_groups", "weight_scale", "hidden_dim",
             "dim")  # fmt: skip
 NOT_NEGATIVE = ("freq", "first_dense", "capacity_factor", "eval_capacity_factor", "min_capacity", "bias_rate",
                 "z_loss_weight", "shared_hidden_dim")  # fmt: skip
@@ -34,6 +34,8 @@ def check_moe(
     for name in POSITIVE:
         if (value := getattr(moe, name)) is not None and not 0 < value < math.inf:
             raise ValueError(f"{flag(name)} {value}: expected more than 0")
+    for name in ("threshold", "eval_threshold"):
+        _check_threshold(moe, name)
     for name in NOT_NEGATIVE:
         if (value := getattr(moe, name)) is not None and not 0 <= value < math.inf:
             raise ValueError(f"{flag(name)} {value}: expected 0 or more")
@@ -122,6 +124,19 @@ def without_idle(moe: MoEConfig, given: Collection[str]) -> MoEConfig:
 def dropless(moe: MoEConfig) -> bool:
     """Whether nothing is dropped, in training and evaluation."""
     return not moe.capacity_factor and not moe.eval_capacity_factor
+
+
+def _check_threshold(moe: MoEConfig, name: str) -> None:
+    value = getattr(moe, name)
+    each = value if isinstance(value, tuple) else () if value is None else (value,)
+    for number in each:
+        if not 0 < number < math.inf:
+            raise ValueError(f"{flag(name)} {number}: expected more than 0")
+    if isinstance(value, tuple) and len(value) != moe.top_k - 1:
+        raise ValueError(
+            f"{flag(name)} {' '.join(map(str, value))}: {len(value)} numbers for the {moe.top_k - 1} choices after "
+            f"the first (--moe-top-k {moe.top_k}); give one for all, or one each"
+        )
 
 
 def _check_scores(moe: MoEConfig) -> None:

@@ -75,8 +75,14 @@ def read_model(model: str) -> dict[str, Any]:
     return entries
 
 
-def resolve_model(flags: ModelFlags, moe: MoEConfig, given: Collection[str]) -> ModelConfig:
-    """Raises ValueError where a given flag contradicts the model's JSON, naming both values."""
+def resolve_model(
+    flags: ModelFlags, moe: MoEConfig, given: Collection[str], complete: bool = True
+) -> ModelConfig:
+    """Raises ValueError where a given flag contradicts the model's JSON, naming both values.
+
+    Not `complete`: a checkpoint may still say what the flags leave open (which layers are MoE), so that these are
+    not checked against each other yet.
+    """
     entries = read_model(flags.model)
     size = {SIZE_KEYS[key]: value for key, value in entries.items() if key in SIZE_KEYS}
     shape = {name: getattr(flags, name) for name in MODEL_FLAGS}
@@ -92,7 +98,8 @@ def resolve_model(flags: ModelFlags, moe: MoEConfig, given: Collection[str]) -> 
             )
         part[name] = value
     config = ModelConfig(**size, **shape, moe=MoEConfig(**experts))
-    check_model(config, given)
+    if complete:
+        check_model(config, given)
     return config
 
 

@@ -46,6 +46,11 @@ class MoE(nn.Module):
                 f"a layer needs its width and its number of experts: dim {config.dim}, num_experts "
                 f"{config.num_experts}"
             )
+        if config.dense_before or config.dense_after:
+            raise ValueError(
+                "dense_before and dense_after are a block's: a model puts them around the layer; elsewhere do as "
+                "examples/st_moe_block.py"
+            )
         check_moe(config, routers=ROUTERS)
         self.config = config
         self.router = Router(config)

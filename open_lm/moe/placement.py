@@ -17,4 +17,4 @@ def layer_config(config: ModelConfig, layer: int) -> MoEConfig:
     experts = config.moe.num_experts
     if isinstance(experts, tuple):
         experts = experts[moe_layers(config).index(layer)]
-    return replace(config.moe, dim=config.dim, num_experts=experts)
+    return replace(config.moe, dim=config.dim, num_experts=experts, dense_before=False, dense_after=False)

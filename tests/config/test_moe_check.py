@@ -25,6 +25,7 @@ REFUSED: list[tuple[dict, str]] = [
     ({"weight_scale": 0.0}, "--moe-weight-scale 0.0: expected more than 0"),
     ({"weight_scale": float("nan")}, "--moe-weight-scale nan: expected more than 0"),
     ({"threshold": -1.0}, "--moe-threshold -1.0: expected more than 0"),
+    ({"router": "threshold", "top_k": 3, "threshold": (0.2,)}, "--moe-threshold 0.2: 1 numbers for the 2 choices"),
     ({"hidden_dim": 0}, "--moe-hidden-dim 0: expected more than 0"),
     ({"dim": 0}, "--moe-dim 0: expected more than 0"),
     ({"capacity_factor": -1.0}, "--moe-capacity-factor -1.0: expected 0 or more"),

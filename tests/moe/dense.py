@@ -189,8 +189,9 @@ def second_thoughts(p_TE, value_TE, config, batch) -> Chosen:
     limit = config.threshold
     if not batch.training and config.eval_threshold is not None:
         limit = config.eval_threshold
+    limit = torch.tensor([1.0, *(limit if isinstance(limit, tuple) else [limit] * (config.top_k - 1))])
     draw_TE = batch.draw(gate_TE.detach()) if batch.training else 0.5
-    stays_TE = (counted_TE == 0) | (draw_TE < gate_TE / limit)
+    stays_TE = (counted_TE == 0) | (draw_TE < gate_TE / limit[counted_TE.clamp(min=0)])
     place_TE = torch.where(stays_TE, counted_TE, -1)
     return Chosen(place_TE, gate_TE * config.weight_scale, p_TE, counted_TE)
 

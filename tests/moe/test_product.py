@@ -73,7 +73,7 @@ VALUES: dict[str, list] = {
     "top_groups": [1, 1, 1, 1, 2],
     "jitter": [0.0, 0.0, 0.3],
     "noise": ["none", "none", "rsample", "second_expert"],
-    "threshold": [0.2, 0.2, 0.2, 0.6],
+    "threshold": [0.2, 0.2, (0.3,), 0.6],
     "eval_threshold": [None, None, None, 0.9],
     "straight_through": [False, False, True],
     "balance": [None, None, ("none",)] + [
@@ -156,6 +156,8 @@ REFUSALS: list[tuple[tuple[str, ...], Callable[[MoEConfig], bool]]] = [
     ),
     # 4 experts in 2 groups, of which one: 2 experts for 3 choices
     (("--moe-top-k 3", "--moe-top-groups", "--moe-num-groups"), lambda c: c.num_groups > 1 and c.top_k == 3),
+    (("--moe-threshold", "choices after the first"),
+     lambda c: isinstance(c.threshold, tuple) and len(c.threshold) != c.top_k - 1),
     (("--moe-threshold", "--moe-router"), lambda c: c.threshold != 0.2 and c.router not in SUM_TO_ONE),
     (("--moe-eval-threshold", "--moe-router"),
      lambda c: c.eval_threshold is not None and c.router not in SUM_TO_ONE),

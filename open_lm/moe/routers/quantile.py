@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.routers.weights import finish
+from open_lm.moe.routers.weights import softmax_weights
 from open_lm.moe.routing import Context, Routing, sort_by_expert
 
 # With normal logits of 2,048 tokens, 8 to 128 experts, the fullest expert is then within 4% of the mean.
@@ -28,8 +28,7 @@ def quantile(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         # decides alike on every device.
         order_TE = (logits_TE - price_E).sort(dim=-1, descending=True, stable=True).indices
         expert_TK = order_TE[:, : config.top_k]
-    weight_TK = logits_TE.softmax(dim=-1).gather(1, expert_TK)
-    return sort_by_expert(expert_TK, finish(weight_TK, config), logits_TE)
+    return sort_by_expert(expert_TK, softmax_weights(logits_TE, expert_TK, config), logits_TE)
 
 
 def prices(logits_TE: Tensor, k: int, real_T: Tensor | None = None) -> Tensor:

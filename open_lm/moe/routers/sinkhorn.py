@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.routers.weights import finish
+from open_lm.moe.routers.weights import softmax_weights
 from open_lm.moe.routing import Context, Routing, sort_by_expert
 
 # A fixed number, so that nothing waits for a test of convergence. With normal logits of 2,048 tokens, 8 to 128
@@ -28,8 +28,11 @@ def sinkhorn(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
     with torch.no_grad():
         key_TE = plan(logits_TE, context.real_T) if context.training else logits_TE
         expert_TK = key_TE.topk(config.top_k, dim=-1).indices
-    score_TE = logits_TE.sigmoid() if config.top_k == 1 else logits_TE.softmax(dim=-1)
-    return sort_by_expert(expert_TK, finish(score_TE.gather(1, expert_TK), config), logits_TE)
+    if config.top_k == 1:
+        weight_TK = logits_TE.gather(1, expert_TK).sigmoid() * config.weight_scale
+    else:
+        weight_TK = softmax_weights(logits_TE, expert_TK, config)
+    return sort_by_expert(expert_TK, weight_TK, logits_TE)
 
 
 def plan(logits_TE: Tensor, real_T: Tensor | None = None) -> Tensor:

@@ -45,9 +45,13 @@ def stay(gate_TK: Tensor, config: MoEConfig, context: Context) -> Tensor:
     limit = config.threshold
     if not context.training and config.eval_threshold is not None:
         limit = config.eval_threshold
+    if isinstance(limit, tuple):  # column by column: a tensor of them would be waited for on a GPU
+        ratio_TK = torch.stack([gate_TK[:, 0], *(gate_TK[:, j] / t for j, t in enumerate(limit, 1))], dim=1)
+    else:
+        ratio_TK = gate_TK / limit
     draw_TK = torch.rand_like(gate_TK) if context.training else torch.full_like(gate_TK, 0.5)
     first_K = torch.arange(gate_TK.shape[1], device=gate_TK.device) == 0
-    return first_K | (draw_TK < gate_TK / limit)
+    return first_K | (draw_TK < ratio_TK)
 
 
 def remove(routing: Routing, kept_TK: Tensor) -> Routing:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from open_lm.config.moe import MoEConfig
-from open_lm.moe.routers.weights import finish
+from open_lm.moe.routers.weights import softmax_weights
 from open_lm.moe.routing import Context, Routing, sort_by_expert
 
 
@@ -24,5 +24,4 @@ def uniform(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         turn_T = context.real_T.cumsum(0) - context.real_T.long()
     choice_K = torch.arange(config.top_k, device=logits_TE.device)
     expert_TK = (turn_T[:, None] * config.top_k + choice_K) % E
-    weight_TK = logits_TE.softmax(dim=-1).gather(1, expert_TK)
-    return sort_by_expert(expert_TK, finish(weight_TK, config), logits_TE)
+    return sort_by_expert(expert_TK, softmax_weights(logits_TE, expert_TK, config), logits_TE)
