@@ -44,10 +44,14 @@ METHODS = {
     "sinkhorn": f"{DROPLESS} --moe-router sinkhorn",
     "threshold": f"{EXPERTS} --moe-router threshold --moe-balance first_choice {LIGHT} --moe-capacity-factor 0.625 "
     "--moe-eval-capacity-factor 1 --moe-min-capacity 4 --moe-capacity-per sequence --moe-drop-policy choice",
+    "threshold, dropless": f"{DROPLESS} --moe-router threshold --moe-balance first_choice {LIGHT}",
     "coordinate_descent": f"{DROPLESS} --moe-router coordinate_descent {LIGHT}",
     "quantile": f"{DROPLESS} --moe-router quantile",
     "hash": f"{DROPLESS} --moe-router hash",
     "uniform": f"{DROPLESS} --moe-router uniform",
+    # combine weights: hash has 1/K, the others' are at first near 1/E
+    "aux, normalised": f"{DROPLESS} --moe-balance aux {LIGHT} --moe-normalize-weights",
+    "hash, weights 1/E": f"{DROPLESS} --moe-router hash --moe-weight-scale 0.25",
 }
 
 
@@ -105,7 +109,7 @@ def main() -> None:
 
 def measure(compare: Compare, method: str) -> dict[str, Any] | None:
     """Trains and evaluates one method; its line of the record, None where the command failed."""
-    name = method.replace(", ", "-").replace(" ", "-")
+    name = method.replace(", ", "-").replace(" ", "-").replace("/", "-")
     setup = demo.Demo(steps=compare.steps, global_batch_size=compare.global_batch_size, corpus=compare.corpus)
     flags = [
         *demo.train_flags(setup, compare.logs, "dense"),

@@ -281,14 +281,13 @@ def routing() -> tuple[str, bool]:
             else ("",) * 3
         )
         plot = f"[plot](moe/records/figures/routing/{r['plot']})" if r.get("plot") else ""
-        rows.append(
-            [method, f"{r['perplexity']:.1f}", *balance, f"{r['tokens_per_second'] / 1e3:.0f}K", plot]
-        )
-    last = list(newest.values())[-1]
+        speed, gpu = f"{r['tokens_per_second'] / 1e3:.0f}K", r["device"].removeprefix("NVIDIA ").split()[0]
+        rows.append([method, f"{r['perplexity']:.1f}", *balance, speed, gpu, plot])
+    last, commits = list(newest.values())[-1], ", ".join(dict.fromkeys(r["commit"] for r in newest.values()))
     note = (
         f"{last['tokens'] / 1e6:.2f}M tokens each ({last['steps']} steps), one seed; fullest expert over the mean, "
         "experts without a token and dropped share are of the last tenth of training, means over MoE layers. "
-        f"{last['device']}, torch {last['torch']}, commit {last['commit']}; flags in moe/compare.py and "
+        f"Torch {last['torch']}, commits {commits}; flags in moe/compare.py and "
         "moe/records/routing.jsonl."
     )
     head = [
@@ -298,6 +297,7 @@ def routing() -> tuple[str, bool]:
         "dead experts",
         "dropped",
         "tokens/s",
+        "GPU",
         "load over time",
     ]
     return f"{markdown(head, rows)}\n\n{note}", True

@@ -91,7 +91,7 @@ class RayEngine(ExitStack):
             import ray
         except ImportError as error:
             raise ImportError(f"--engine ray: {error} (pip install ray)") from error
-        self.ray = ray
+        self.ray: Any = ray
         self.address, self.processes = address, processes
 
     def __enter__(self) -> "RayEngine":
