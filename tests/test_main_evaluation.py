@@ -95,29 +95,18 @@ def test_limits_and_frequency(sources, tmp_path) -> None:
     assert [line["valid/tokens"] for line in lines] == [32, 32]
 
 
-def test_pipe_with_a_cache_that_holds_one_shard(sources, tmp_path, monkeypatch) -> None:
+def test_pipe_with_a_cache_that_holds_one_shard(sources, tmp_path) -> None:
     """More held-out data than the cache: shards are fetched again when they are read."""
-    import open_lm.data.remote
-
     train(sources, tmp_path, "--max-steps 5")
     evaluate(tmp_path, f"--val-data {sources[0]}", "local")
-    monkeypatch.setattr(open_lm.data.remote.Cache, "__init__", one_shard(tmp_path / "cache"))
+    cache = f"--data-cache {tmp_path / 'cache'} --data-cache-gib 1e-9"
     pattern = str(Path(sources[0]).with_name("shard_{00000000..00000002}.tar"))
-    evaluate(tmp_path, f"--val-data 'pipe:echo ran >> {tmp_path}/ran; cat {pattern}'", "piped")
+    evaluate(tmp_path, f"--val-data 'pipe:echo ran >> {tmp_path}/ran; cat {pattern}' {cache}", "piped")
     local, piped = validation(tmp_path, "local")[0], validation(tmp_path, "piped")[0]
     assert piped["valid/sequences"] == local["valid/sequences"] == 200
     assert piped["valid/loss"] == local["valid/loss"]
     assert len((tmp_path / "ran").read_text().splitlines()) > 3
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 1
-
-
-def one_shard(folder: Path):
-    def init(self) -> None:
-        object.__setattr__(self, "folder", folder)
-        object.__setattr__(self, "limit_bytes", 1)
-        object.__setattr__(self, "run", "test")
-
-    return init
 
 
 def test_results_that_cannot_be_written_are_warned_of(sources, tmp_path) -> None:
