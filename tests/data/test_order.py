@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from open_lm.data.order import LANES, Mix, Order, argsort, floor_sum, normalize_weights
+from open_lm.data.order import Mix, Order, floor_sum, normalize_weights
+from open_lm.data.randomness import argsort
+from open_lm.data.source_order import LANES
 
 sizes = st.integers(0, 10**4)
 weight_lists = st.lists(
