@@ -19,6 +19,7 @@ from open_lm.config.model import ModelConfig
 from open_lm.config.resolve import RUNTIME_FIELDS, flatten, reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
+from open_lm.data.cache import find_cache
 from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
@@ -140,6 +141,7 @@ def prepare(
             ignore_parse_errors=run.data.ignore_parse_errors,
             workers=run.data.workers,
             masks=masks,
+            cache=find_cache(run.data),
             name=name,
         )
         for entry, key, name in zip(entries, keys, names, strict=True)

@@ -26,7 +26,8 @@ from open_lm.checkpoint.files import (
     step_of,
     temporary,
 )
-from open_lm.data.remote import is_local, remote_errors
+from open_lm.data.remote import is_local
+from open_lm.data.retry import remote_errors
 
 # Protocols whose PUT is whole or nothing; elsewhere a file is written under another name and renamed.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}

@@ -122,6 +122,12 @@ def _check_data(data: DataConfig) -> None:
         raise ValueError(f"--train-num-samples {data.train_num_samples}: expected at least 1 token")
     if data.workers < 0:
         raise ValueError(f"--workers {data.workers}: expected 0 or more")
+    if data.data_retries < 0:
+        raise ValueError(f"--data-retries {data.data_retries}: expected 0 or more")
+    if not 0 < data.data_timeout < math.inf:
+        raise ValueError(f"--data-timeout {data.data_timeout:g}: expected seconds, more than 0")
+    if not 0 <= data.data_cache_gib < math.inf:
+        raise ValueError(f"--data-cache-gib {data.data_cache_gib:g}: expected 0 or more")
     if data.data_key not in DATA_KEYS:
         raise ValueError(f"--data-key {data.data_key}: expected one of {', '.join(DATA_KEYS)}")
     if data.squash_mask_left and None in (data.target_mask_left, data.target_mask_individual):

@@ -42,6 +42,22 @@ class DataConfig:
     workers: int = 1
     """Data-loading processes per rank; 0 loads in the training process. Never changes the order."""
 
+    data_cache: str | None = None
+    """Folder for shards fetched from s3://, http(s):// and `pipe:`, shared by this host's ranks and its later
+    runs. Default: open_lm-shards-USER in the folder for temporary files (TMPDIR)."""
+
+    data_cache_gib: float = 8.0
+    """Size limit of --data-cache; never more than half the disk's free space. The least recently used shards
+    go first, and 64 per source are in use at a time. 0 keeps a shard only while a process has it open."""
+
+    data_retries: int = 6
+    """Retries of a remote read that is throttled, reset, stalled or answered by 5xx, after about 1, 2, 4, …
+    seconds. What is denied (403) or missing (404) fails at once."""
+
+    data_timeout: float = 30.0
+    """Seconds that connecting to a remote source, and each wait for its next bytes (of s3://, http(s)://,
+    `pipe:`), may take before it is tried again."""
+
     ignore_parse_errors: bool = False
     """Skip (mask and count) a sample that cannot be read, instead of failing with its name."""
 

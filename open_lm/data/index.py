@@ -21,7 +21,8 @@ import tyro
 
 from open_lm.data.manifest import Shard
 from open_lm.data.patterns import expand
-from open_lm.data.remote import Cache, find_file_system, is_local, open_file, remote_errors
+from open_lm.data.remote import Cache, find_file_system, is_local, open_file
+from open_lm.data.retry import remote_errors
 from open_lm.data.shards import AUTO, check_count, find_layout, index_tar, open_shard
 
 

@@ -7,7 +7,9 @@ torch.distributed or torch's threads.
 Legend: B sequences of this rank's batch, S sequence length, L = S + 1 tokens of a stored sequence.
 """
 
+import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,9 +19,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from open_lm.config import DataConfig
-from open_lm.data.manifest import Source, read_manifest
+from open_lm.data.cache import find_cache
+from open_lm.data.manifest import Shard, Source, read_manifest
 from open_lm.data.masks import IGNORED, NO_MASKS, Masks, divide, find_masks
 from open_lm.data.order import LANES, Order
+from open_lm.data.read_ahead import ReadAhead, read_ahead
 from open_lm.data.reader import Rows, SequenceReader
 from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import find_source, open_shard
@@ -66,6 +70,10 @@ class Steps(Dataset):
         self.reader = reader
         self.slots = (first, end)
 
+    def shards(self, step: int) -> list[Shard]:
+        places = self.order.slots(step, *self.slots)
+        return [self.reader.sources[source].shards[shard] for source, shard, _ in places]
+
     def __getitem__(self, step: int) -> Rows | Exception:
         try:
             places = self.order.slots(step, *self.slots)
@@ -97,6 +105,11 @@ class Stretches(Dataset):
         self.total = total
         self.end_N = np.cumsum([shard.num_sequences for shard in reader.sources[0].shards])
 
+    def shards(self, number: int) -> list[Shard]:
+        end = min((number + 1) * self.batch, self.total)
+        first, last = (self.place(i)[1] for i in (number * self.batch, end - 1))
+        return list(self.reader.sources[0].shards[first : last + 1])
+
     def place(self, sequence: int) -> tuple[int, int, int]:
         shard = int(self.end_N.searchsorted(sequence, side="right"))
         return 0, shard, sequence - (int(self.end_N[shard - 1]) if shard else 0)
@@ -116,11 +129,21 @@ def pass_on(item):
     return item
 
 
+def log_plainly(worker: int) -> None:
+    """In a forked worker: a handler that draws on a terminal has locks that a thread may have held at the fork."""
+    logger = logging.getLogger("open_lm")
+    drawing = [handler for handler in logger.handlers if not type(handler).__module__.startswith("logging")]
+    for handler in drawing:
+        logger.removeHandler(handler)
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+
+
 def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> Iterator[Batch]:
     """The masked batches of these items in this order, read by `workers` processes (0: by this one).
 
     An error comes up in its place in the order, as itself. The processes end with the iterator.
     """
+    items = read_ahead(items, numbers)
     with warnings.catch_warnings():
         # torch warns of more workers than cores, Python 3.12 of forking beside threads (see the file's top).
         warnings.simplefilter("ignore")
@@ -133,6 +156,7 @@ def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> 
                 collate_fn=pass_on,
                 prefetch_factor=PREFETCHED if workers else None,
                 multiprocessing_context="fork" if workers else None,
+                worker_init_fn=log_plainly,
                 generator=torch.Generator(),  # else it draws a number from torch's global generator
             )
         )
@@ -142,6 +166,8 @@ def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> 
                 raise rows
             yield make_batch(rows, masks)
     finally:
+        if isinstance(items, ReadAhead):
+            items.close()
         del rows_of_items  # ends the workers now, however long the error's traceback holds this frame
 
 
@@ -179,7 +205,7 @@ class TrainData:
         if config.dataset_type == "synthetic":
             self.items: Dataset = SyntheticSteps(seed, *slots, seq_len + 1, vocab_size)
             return
-        cache = cache or Cache()
+        cache = cache or find_cache(config)
         self.sources = find_sources(config, cache)
         lengths = [[shard.num_sequences for shard in source.shards] for source in self.sources]
         shuffle = not config.disable_buffer
@@ -240,7 +266,7 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     if config.train_data and config.dataset_manifest:
         raise ValueError("--train-data and --dataset-manifest are both given: give one of them")
     if config.dataset_manifest:
-        sources = [read_manifest(url) for url in config.dataset_manifest]
+        sources = [read_manifest(url, cache.patience) for url in config.dataset_manifest]
         for source in sources:
             check_shards(source, config.data_key, cache)
         return sources

@@ -5,7 +5,7 @@ import json
 import posixpath
 from typing import NamedTuple
 
-from open_lm.data.remote import read_bytes
+from open_lm.data.remote import Patience, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
 TEXTS = ("sha256", "data_key")
@@ -42,14 +42,14 @@ class Source(NamedTuple):
         return sum(shard.num_sequences for shard in self.shards)
 
 
-def read_manifest(url: str) -> Source:
+def read_manifest(url: str, patience: Patience | None = None) -> Source:
     """The source that a local or remote manifest lists; sha256 is that of the manifest's bytes.
 
     One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), the optional
     fields of Shard, other keys are ignored, the last newline is optional. The tars lie beside the manifest.
     ValueError names the file and the line.
     """
-    content = read_bytes(url)
+    content = read_bytes(url, patience)
     shards: dict[str, Shard] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():

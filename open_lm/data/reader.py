@@ -14,7 +14,7 @@ import numpy as np
 
 from open_lm.data.binary import BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
-from open_lm.data.order import draw
+from open_lm.data.order import LANES, draw
 from open_lm.data.remote import Cache
 from open_lm.data.shards import ShardReader, open_shard
 
@@ -72,7 +72,7 @@ class SequenceReader:
     ):
         self.sources = sources
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.open_shards = OpenShards(key, cache, limit=max(16, min(1024, files // 2)))
+        self.open_shards = OpenShards(key, cache, limit=max(16, min(LANES * len(sources) + 16, files // 2)))
         self.length = seq_len + 1
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors

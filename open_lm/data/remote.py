@@ -1,54 +1,39 @@
-"""Files behind URLs: local paths, whatever fsspec knows (s3:// through s3fs), and `pipe:COMMAND`.
+"""Files behind URLs: local paths, whatever fsspec knows (s3:// through s3fs, http), and `pipe:COMMAND`.
 
-Remote files are fetched whole into a cache folder which all processes of a user on this host share. S3 is set
-up by the usual AWS_* variables, AWS_ENDPOINT_URL among them; FSSPEC_S3_ANON=true reads public buckets without
-keys.
+Remote files are fetched whole, in parts, into the cache: a sequence may be anywhere in a shard, and with 64
+shards read at a time each is read for long. S3 is set up by the usual AWS_* variables, AWS_ENDPOINT_URL among
+them; FSSPEC_S3_ANON=true reads public buckets without keys.
 """
 
-import fcntl
 import functools
-import getpass
 import hashlib
+import logging
 import os
-import secrets
-import shutil
+import re
+import select
+import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
+from io import BufferedRandom
+from typing import Any, NamedTuple
+
+from open_lm.data.cache import Cache, make_private_folder, open_or_write
+from open_lm.data.retry import LastingError, Patience, redact, retry
+
+__all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
+
+logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
-CACHE_BYTES = 8 * 2**30
-ABANDONED_SECONDS = 3600  # a partial download that nobody has written to for so long has lost its process
-
-
-def default_folder() -> Path:
-    """TMPDIR/open_lm-shards-USER."""
-    return Path(tempfile.gettempdir(), f"open_lm-shards-{getpass.getuser()}")
-
-
-@functools.cache
-def run_identity() -> str:
-    """The same for the ranks that one torchrun started on this host, different for every other run.
-
-    What a `pipe:` command printed has no version to compare, so it is shared within a run and never beyond.
-    """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        port = os.environ.get("MASTER_PORT", "")
-        return f"{os.environ['TORCHELASTIC_RUN_ID']}/{port}/{os.getppid()}"
-    return secrets.token_hex(16)
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where fetched files lie. Above `limit_bytes` (or half the free space) the least recently opened go."""
-
-    folder: Path = field(default_factory=default_folder)
-    limit_bytes: int = CACHE_BYTES
-    run: str = field(default_factory=run_identity)
+PART_BYTES = 16 * 2**20
+REFETCHES = 2  # of a whole file that came, and is not what it should be
+# What the commands of cloud stores and curl print about what will not change; 126 and 127 are the shell's.
+LASTING_OUTPUT = re.compile(
+    r"\((401|403|404)\)|error: 40[134]\b|AccessDenied|Forbidden|NoSuch(Key|Bucket)|Unable to locate credentials"
+    r"|No such file|Permission denied|No URLs matched"
+)
+LASTING_CODES = (126, 127)
 
 
 def is_local(url: str) -> bool:
@@ -56,147 +41,228 @@ def is_local(url: str) -> bool:
     return url.startswith("file://") or not (url.startswith(PIPE) or "://" in url)
 
 
-def read_bytes(url: str) -> bytes:
+def read_bytes(url: str, patience: Patience | None = None) -> bytes:
     """The whole content of a small local or remote file. FileNotFoundError or OSError name the URL."""
     if is_local(url):
-        with open_local(url) as fd, os.fdopen(os.dup(fd), "rb") as file:
+        with os.fdopen(open_local(url), "rb") as file:
             return file.read()
-    with remote_errors(url):
-        file_system, path = find_file_system(url)
+
+    def read() -> bytes:
+        file_system, path = find_file_system(url, patience)
         return file_system.cat_file(path)
 
+    patience = patience or Patience()
+    return retry(url, "reading it", read, patience)
 
-@contextmanager
-def open_local(url: str) -> Iterator[int]:
-    fd = open_file(url, None)
+
+def open_local(url: str) -> int:
     try:
-        yield fd
-    finally:
-        os.close(fd)
+        return os.open(url.removeprefix("file://"), os.O_RDONLY)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{url}: no such file") from None
 
 
-def open_file(url: str, cache: Cache | None) -> int:
+def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: str | None = None) -> int:
     """A read-only file descriptor of the file, fetched into the cache if it is remote and not there yet.
 
     It stays valid when the cache evicts the file. Several processes may ask at once: one of them fetches.
-    Errors (FileNotFoundError, OSError with the command's stderr or the server's answer) name the URL.
+    `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched, not of local files:
+    what differs is fetched again. Errors (FileNotFoundError, PermissionError, ImportError, OSError with the
+    command's stderr or the server's answer) name the URL, what was expected and what came.
     """
     if is_local(url):
-        try:
-            return os.open(url.removeprefix("file://"), os.O_RDONLY)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"{url}: no such file") from None
+        return open_local(url)
     assert cache is not None
     make_private_folder(cache.folder)
-    write, version = (run_command, cache.run) if url.startswith(PIPE) else find_remote(url)
-    name = hashlib.sha256(f"{url}\n{version}".encode()).hexdigest()[:40]
-    path = cache.folder / f"{name}.tar"
-    with suppress(FileNotFoundError):
-        return open_cached(path)
-    with locked(cache.folder / f"{name[:2]}.lock"):
-        with suppress(FileNotFoundError):
-            return open_cached(path)
-        partial = cache.folder / f"{name}.{os.getpid()}.partial"
-        try:
-            write(url, partial)
-            fd = os.open(partial, os.O_RDONLY)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    evict(cache)
-    return fd
+    found = None
+    if sha256 is not None:
+        identity = sha256
+    elif url.startswith(PIPE):
+        identity = f"{url}\n{cache.run}"
+    else:
+        found = find_remote(url, cache.patience)
+        identity = f"{url}\n{found.version}"
+    name = hashlib.sha256(identity.encode()).hexdigest()[:40]
+    expected = Expected(size, sha256)
+    return open_or_write(
+        cache,
+        name,
+        url,
+        lambda file: fetch(url, file, cache.patience, expected, found),
+        size if found is None else found.size,
+    )
 
 
-def open_cached(path: Path) -> int:
-    fd = os.open(path, os.O_RDONLY)
-    with suppress(FileNotFoundError):  # evicted in this moment: the descriptor is good all the same
-        os.utime(path)
-    return fd
+class Found(NamedTuple):
+    """A remote file and what identifies its present version."""
+
+    file_system: Any
+    path: str
+    size: int | None
+    version: str
+    has_parts: bool
 
 
-def make_private_folder(folder: Path) -> None:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(
-            f"the shard cache {folder} belongs to another user: set TMPDIR to another folder"
-        )
+class Expected(NamedTuple):
+    """What a manifest says of a file."""
+
+    size: int | None
+    sha256: str | None
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Holds an exclusive lock on the file; the system releases it if the process dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def fetch(
+    url: str, file: BufferedRandom, patience: Patience, expected: Expected, found: Found | None
+) -> None:
+    """Writes the file, and again if it is not what is expected, up to 1 + REFETCHES times. Then OSError."""
+    for attempt in range(1, REFETCHES + 2):
+        if url.startswith(PIPE):
+            retry(url, "the command", lambda: run_command(url, file, patience), patience)
+            difference = None
+        else:
+            found = found or find_remote(url, patience)
+            download(url, found, file, patience)
+            difference = None if expected.sha256 else find_change(url, found, patience)
+            found = None
+        difference = difference or find_difference(file, expected)
+        if difference is None:
+            return
+        logger.warning("%s: %s, fetch %d of %d", redact(url), difference, attempt, REFETCHES + 1)
+    raise OSError(
+        f"shard {redact(url)}: {difference}, after {REFETCHES + 1} fetches: the file is damaged, or it was "
+        "replaced and the manifest was not"
+    )
 
 
-def evict(cache: Cache) -> None:
-    """Removes least recently opened files above the cache's limit, and downloads that dead processes left."""
-    entries = []
-    for path in cache.folder.iterdir():
-        with suppress(FileNotFoundError):  # other processes evict too
-            stat = path.stat()
-            if path.suffix == ".partial" and time.time() - stat.st_mtime > ABANDONED_SECONDS:
-                path.unlink()
-            elif path.suffix == ".tar":
-                entries.append((stat.st_mtime_ns, stat.st_size, path))
-    total = sum(size for _, size, _ in entries)
-    limit = min(cache.limit_bytes, (shutil.disk_usage(cache.folder).free + total) // 2)
-    for _, size, path in sorted(entries)[:-1]:
-        if total <= limit:
-            break
-        path.unlink(missing_ok=True)
-        total -= size
+def find_difference(file: BufferedRandom, expected: Expected) -> str | None:
+    """What is not as expected, for people."""
+    file.flush()
+    length = file.seek(0, os.SEEK_END)
+    if expected.size is not None and length != expected.size:
+        return f"it has {length:,} bytes, the manifest says {expected.size:,}"
+    if expected.sha256 is not None:
+        file.seek(0)
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != expected.sha256:
+            return f"its sha256 is {sha256}, the manifest says {expected.sha256}"
+    return None
 
 
-def run_command(url: str, path: Path) -> None:
-    """Writes what `pipe:COMMAND` prints to `path`."""
-    command = url.removeprefix(PIPE)
-    with open(path, "wb") as file:
-        done = subprocess.run(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE
-        )
-    if done.returncode != 0:
-        stderr = done.stderr.decode(errors="replace").strip()[-2000:]
-        raise OSError(f"{url}: the command ended with exit status {done.returncode}: {stderr}")
+def find_change(url: str, found: Found, patience: Patience) -> str | None:
+    """Whether a file that came in several parts is another one by now."""
+    if found.size is None or found.size <= PART_BYTES:
+        return None
+    after = find_remote(url, patience)
+    return None if after.version == found.version else "it was replaced while it was fetched"
 
 
-def find_remote(url: str):
-    """How to fetch the file, and what identifies its present version."""
-    with remote_errors(url):
-        file_system, path = find_file_system(url)
+def find_remote(url: str, patience: Patience) -> Found:
+    """Where the file is, its size and version."""
+
+    def find() -> Found:
+        file_system, path = find_file_system(url, patience)
         information = file_system.info(path)
-    size = information.get("size")
-    version = [str(information.get(name)) for name in ("ETag", "LastModified", "mtime", "size")]
+        version = [
+            str(information.get(name)) for name in ("ETag", "LastModified", "Last-Modified", "mtime", "size")
+        ]
+        size = information.get("size")
+        has_parts = size is not None and information.get("partial", True)
+        return Found(file_system, path, size, "\n".join(version), has_parts)
 
-    def download(url: str, partial: Path) -> None:
-        with remote_errors(url):
-            file_system.get_file(path, str(partial))
-        fetched = partial.stat().st_size
-        if size is not None and fetched != size:
-            raise OSError(f"{url}: {fetched:,} bytes came of {size:,}")
-
-    return download, "\n".join(version)
+    return retry(url, "looking it up", find, patience)
 
 
-def find_file_system(url: str):
+def download(url: str, found: Found, file: BufferedRandom, patience: Patience) -> None:
+    """Writes the remote file, part by part: what came stays when the connection breaks."""
+    file.seek(0)
+    file.truncate()
+    if not found.has_parts:
+        retry(url, "fetching it", lambda: download_whole(found, file), patience)
+        return
+    for start in range(0, found.size or 0, PART_BYTES):
+        end = min(start + PART_BYTES, found.size or 0)
+        action = f"fetching bytes {start:,} to {end:,} of {found.size:,}"
+        file.write(retry(url, action, functools.partial(read_part, found, start, end), patience))
+
+
+def read_part(found: Found, start: int, end: int) -> bytes:
+    data = found.file_system.cat_file(found.path, start=start, end=end)
+    if len(data) == found.size:  # the server does not know ranges
+        data = data[start:end]
+    if len(data) != end - start:
+        raise OSError(f"{len(data):,} bytes came of {end - start:,}")
+    return data
+
+
+def download_whole(found: Found, file: BufferedRandom) -> None:
+    found.file_system.get_file(found.path, file.name)
+    length = os.path.getsize(file.name)
+    if found.size is not None and length != found.size:
+        raise OSError(f"{length:,} bytes came of {found.size:,}")
+
+
+def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, str]:
+    """The file system, of which each process has one, and the path in it. It does not retry by itself.
+
+    S3 and http keep the time limit of `patience`; other file systems have their own.
+    """
+    import fsspec.config
     import fsspec.core
 
-    return fsspec.core.url_to_fs(url)
+    seconds = (patience or Patience()).timeout_seconds
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("s3", "s3a"):
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        ours = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"total_max_attempts": 1}}
+        options["config_kwargs"] = configured | ours
+    elif protocol in ("http", "https"):
+        import aiohttp
+
+        limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+        options["client_kwargs"] = {"timeout": limit}
+    file_system, path = fsspec.core.url_to_fs(url, **options)
+    if hasattr(file_system, "retries"):  # s3fs's own attempts, which would multiply ours
+        file_system.retries = 1
+    return file_system, path
 
 
-@contextmanager
-def remote_errors(url: str) -> Iterator[None]:
-    """Whatever a file system raises becomes a FileNotFoundError, ImportError or OSError naming the URL."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such file") from None
-    except ImportError as error:
-        package = "s3fs" if url.startswith("s3://") else "the package that fsspec names"
-        raise ImportError(f"{url}: {error} (pip install {package})") from error
-    except Exception as error:
-        hint = ""
-        if "Credentials" in type(error).__name__:
-            hint = " (set AWS_PROFILE or AWS_ACCESS_KEY_ID; FSSPEC_S3_ANON=true reads a public bucket)"
-        raise OSError(f"{url}: cannot be read: {type(error).__name__}: {error}{hint}") from error
+def run_command(url: str, file: BufferedRandom, patience: Patience) -> None:
+    """Writes what `pipe:COMMAND` prints to the file.
+
+    OSError with its exit status and stderr; TimeoutError when it has printed nothing for the time limit.
+    """
+    file.seek(0)
+    file.truncate()
+    with (
+        tempfile.TemporaryFile() as messages,
+        subprocess.Popen(
+            url.removeprefix(PIPE),
+            shell=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=messages,
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            while True:
+                if not select.select([process.stdout], [], [], patience.timeout_seconds)[0]:
+                    raise TimeoutError(f"the command printed nothing for {patience.timeout_seconds:g} s")
+                data = os.read(process.stdout.fileno(), 2**20)
+                if not data:
+                    break
+                file.write(data)
+            code = process.wait(patience.timeout_seconds)
+        except subprocess.TimeoutExpired:
+            raise TimeoutError("the command closed its output and does not end") from None
+        finally:
+            if process.poll() is None:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        messages.seek(0)
+        stderr = messages.read().decode(errors="replace").strip()[-2000:]
+    if code != 0:
+        lasting = code in LASTING_CODES or LASTING_OUTPUT.search(stderr)
+        kind = LastingError if lasting else OSError
+        raise kind(f"the command ended with exit status {code}: {stderr}")

@@ -140,7 +140,7 @@ def open_shard(
     shard, counted = (url, url.num_sequences) if isinstance(url, Shard) else (Shard(url, 0), num_sequences)
     key = find_key(shard, key)
     layout = promised_layout(shard)
-    fd = open_file(shard.url, cache or Cache())
+    fd = open_file(shard.url, cache or Cache(), shard.bytes, shard.sha256)
     try:
         if layout is not None:
             check_layout(fd, shard, layout)
@@ -275,7 +275,7 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
     The tars are opened to count their sequences, up to `max_sequences`. ValueError if there are none.
     """
     if entry.endswith(".jsonl"):
-        return read_manifest(entry)
+        return read_manifest(entry, cache.patience)
     started = time.monotonic()
     shards, total = [], 0
     for url in expand(entry):

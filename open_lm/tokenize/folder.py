@@ -8,7 +8,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from open_lm.data.remote import find_file_system, is_local, remote_errors
+from open_lm.data.remote import find_file_system, is_local
+from open_lm.data.retry import remote_errors
 
 # Protocols whose PUT is whole or nothing; elsewhere a file is written under another name and renamed.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}

@@ -8,7 +8,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from open_lm.data.patterns import expand
-from open_lm.data.remote import find_file_system, is_local, remote_errors
+from open_lm.data.remote import find_file_system, is_local
+from open_lm.data.retry import remote_errors
 
 COMPRESSIONS = ("gz", "zst")
 FORMATS = {

@@ -73,7 +73,7 @@ def write_shard(folder: Path, number: int, tokens_NL: np.ndarray, key: str) -> d
 
 
 def pack(number: int, tokens_NL: np.ndarray, key: str) -> tuple[Iterator[bytes], dict]:
-    """The pieces of a shard's bytes, and how its members lie: {"data_key", of binary ones "first_offset", "stride" in
+    """A shard's bytes in pieces, and how its members lie: {"data_key", of binary ones "first_offset", "stride", in
     bytes}."""
     if key not in DTYPES:
         return pack_json(number, tokens_NL), {"data_key": key}

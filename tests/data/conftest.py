@@ -1,15 +1,17 @@
 """Tar shards written by the standard library, and a shard cache of the test's own."""
 
 import gzip
+import importlib.util
 import io
 import json
+import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from open_lm.data.remote import Cache
+from open_lm.data.remote import Cache, Patience
 
 ENCODERS = {
     "json": lambda tokens: json.dumps(tokens).encode(),
@@ -20,7 +22,7 @@ ENCODERS = {
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache")
+    return Cache(tmp_path / "cache", patience=Patience(first_wait_seconds=0.01))
 
 
 @pytest.fixture
@@ -56,3 +58,17 @@ def write_source(write_shard: Callable) -> Callable:
         return str(manifest)
 
     return write
+
+
+@pytest.fixture
+def faults(bucket, monkeypatch: pytest.MonkeyPatch) -> Iterator:
+    """A proxy before the server of `bucket`: what s3fs asks for goes through it from now on."""
+    spec = importlib.util.spec_from_file_location("faults", Path(__file__).with_name("faults.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    proxy = module.FaultProxy(os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.close()

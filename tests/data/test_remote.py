@@ -1,11 +1,12 @@
-import multiprocessing
+import hashlib
 import os
-import time
+from pathlib import Path
 
 import pytest
 
+from open_lm.data import remote
 from open_lm.data.manifest import read_manifest
-from open_lm.data.remote import Cache, open_file
+from open_lm.data.remote import Cache, Patience, open_file
 from open_lm.data.shards import find_source, open_shard
 
 
@@ -62,54 +63,52 @@ def test_what_a_command_printed_is_forgotten_with_the_run(write_shard, tmp_path)
         write_shard(tmp_path / "a.tar", [[2]])
 
 
-def read_first(url: str, cache: Cache, results) -> None:
-    reader = open_shard(url, "json", cache)
-    results.put(reader[0].tolist())
-    reader.close()
+def test_a_command_is_tried_again_unless_it_cannot_succeed(tmp_path, cache, caplog):
+    log = tmp_path / "log"
+    url = f"pipe:echo tried >> {log}; test $(wc -l < {log}) -ge 3 && echo -n whole"
+    fd = open_file(url, cache)
+    assert os.read(fd, 9) == b"whole"
+    os.close(fd)
+    assert log.read_text() == "tried\n" * 3
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    for command in ("nosuchcommand", "echo 'An error occurred (404) when calling' >&2; exit 1"):
+        log.unlink()
+        with pytest.raises(OSError, match="ended with exit status") as error:
+            open_file(f"pipe:echo tried >> {log}; {command}", cache)
+        assert log.read_text() == "tried\n"
+        assert "attempt" not in str(error.value)
 
 
-def test_processes_that_race_fetch_once(write_shard, tmp_path, cache):
-    path, log = write_shard(tmp_path / "a.tar", [[7]]), tmp_path / "log"
-    url = f"pipe:echo fetched >> {log}; sleep 0.3; cat {path}"
-    fork = multiprocessing.get_context("fork")
-    results = fork.SimpleQueue()
-    processes = [fork.Process(target=read_first, args=(url, cache, results)) for _ in range(5)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(30)
-    assert [process.exitcode for process in processes] == [0] * 5
-    assert [results.get() for _ in processes] == [[7]] * 5
-    results.close()
-    assert log.read_text() == "fetched\n"
+def test_a_command_that_says_nothing_is_ended(tmp_path):
+    cache = Cache(tmp_path / "cache", patience=Patience(1, 0.2, first_wait_seconds=0.01))
+    pids = tmp_path / "pids"
+    with pytest.raises(OSError, match=r"failed 2 times .* printed nothing for 0.2 s"):
+        open_file(f"pipe:echo $$ >> {pids}; echo some; sleep 60", cache)
+    for pid in pids.read_text().split():
+        assert not Path("/proc", pid).exists()
+    assert not list(cache.folder.glob("*.partial"))
 
 
-def test_the_cache_is_bounded_and_open_files_survive_eviction(tmp_path):
-    cache = Cache(tmp_path / "cache", limit_bytes=2500)
-    first = open_file("pipe:printf %01000d 1", cache)
-    for number in range(2, 6):
-        os.close(open_file(f"pipe:printf %01000d {number}", cache))
-        os.utime(max(cache.folder.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns), (number, number))
-    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) == 2000
-    assert os.read(first, 2000) == b"1".zfill(1000)
-    os.close(first)
-    os.close(open_file("pipe:printf %01000d 1", cache))  # fetched again
-    assert sum(path.stat().st_size for path in cache.folder.glob("*.tar")) == 2000
+def test_what_a_command_prints_is_checked(tmp_path, cache):
+    log, sha256 = tmp_path / "log", hashlib.sha256(b"whole").hexdigest()
+    url = f"pipe:echo tried >> {log}; printf whole | head -c $(wc -l < {log} | sed s/2/5/)"
+    fd = open_file(url, cache, 5, sha256)
+    assert os.read(fd, 9) == b"whole"
+    os.close(fd)
+    os.close(open_file(url, cache, 5, sha256))  # cached, by its digest
+    os.close(open_file("pipe:false", cache, 5, sha256))
+    assert log.read_text() == "tried\n" * 2
 
 
-def test_what_was_opened_last_is_kept(tmp_path):
-    cache, log = Cache(tmp_path / "cache", limit_bytes=250), tmp_path / "log"
-    for name in "abacab":  # c evicts b
-        os.close(open_file(f"pipe:echo -n {name} >> {log}; printf %0100d 0", cache))
-        time.sleep(0.01)
-    assert log.read_text() == "abcb"
+def test_a_file_system_without_ranges_is_read_whole(tmp_path, cache, monkeypatch):
+    import fsspec
 
-
-def test_downloads_of_dead_processes_are_removed(tmp_path):
-    cache = Cache(tmp_path)
-    for age, name in ((0, "new.1.partial"), (4000, "old.1.partial")):
-        (tmp_path / name).write_bytes(b"x")
-        stamp = (tmp_path / name).stat().st_mtime - age
-        os.utime(tmp_path / name, (stamp, stamp))
-    os.close(open_file("pipe:echo", cache))
-    assert [path.name for path in tmp_path.glob("*.partial")] == ["new.1.partial"]
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/a.tar", b"x" * 100)
+    found = remote.find_remote("memory://a.tar", cache.patience)
+    for has_parts in (True, False):
+        with open(tmp_path / "a", "w+b") as file:
+            remote.download("memory://a.tar", found._replace(has_parts=has_parts), file, cache.patience)
+            file.flush()
+            assert (tmp_path / "a").read_bytes() == b"x" * 100
+    memory.rm("/a.tar")
