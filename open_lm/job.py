@@ -333,7 +333,7 @@ def refuse_changed_run(run: RunConfig, data: TrainData, state: dict[str, Any], p
     text = f"{path} was trained on other data or in another order ({changed})"
     if changed and not run.checkpoint.resume_changed:
         raise ValueError(
-            f"{text}: restore the flags, start a new run with --pretrained, or let it go on so with --resume-changed"
+            f"{text}: restore the flags, start a new run with --pretrained, or go on so with --resume-changed"
         )
     precision = state["flags"]["precision"]
     if (precision == "bf16") != (run.optim.precision == "bf16"):

@@ -92,7 +92,7 @@ class ShardReader:
     def __init__(self, url: str, fd: int, index: Index):
         self.url = url
         self.index = index
-        self.decode = DECODERS[index.key]
+        self.decode = DECODERS.get(index.key, decode_json)  # no key, no member
         self.fd = fd
         self.close = weakref.finalize(self, os.close, fd)
 
@@ -102,7 +102,8 @@ class ShardReader:
     def __getitem__(self, i: int) -> np.ndarray:
         if i >= len(self):
             raise UnreadableSample(
-                f"shard {self.url}: sample number {i} cannot be read: the tar is cut short after {len(self):,} sequences"
+                f"shard {self.url}: sample number {i} cannot be read: the tar is cut short after {len(self):,} "
+                "sequences"
             )
         size = int(self.index.size_N[i])
         data = os.pread(self.fd, size, int(self.index.offset_N[i]))
@@ -214,6 +215,9 @@ def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
     """
     length = os.fstat(fd).st_size
     try:
+        if length == 0 and cut_short:
+            none = np.zeros(0, np.int64)
+            return Index(key, none, none, none.astype(bool), False, ())
         if length == 0:
             raise ValueError("it is empty")
         with mmap.mmap(fd, length, access=mmap.ACCESS_READ) as data:
@@ -259,7 +263,7 @@ def scan_members(data: mmap.mmap) -> tuple[list[Member] | None, int]:
     members, offset = [], 0
     while True:
         header = data[offset : offset + BLOCK_BYTES]
-        if not header or header == bytes(BLOCK_BYTES):
+        if len(header) < BLOCK_BYTES or header == bytes(BLOCK_BYTES):
             return members, offset
         if header[257:262] != b"ustar" or header[124] & 0x80:
             return None, 0
