@@ -125,7 +125,8 @@ def _check_data(data: DataConfig) -> None:
         )
     if factors and len(factors) != len(sources):
         raise ValueError(
-            f"--train-data-upsampling-factors {'::'.join(factors)}: {len(factors)} factors for {len(sources)} sources"
+            f"--train-data-upsampling-factors {'::'.join(factors)}: {len(factors)} factors for "
+            f"{len(sources)} sources"
         )
     if data.bad_sample_limit is not None and not (data.ignore_parse_errors and data.bad_sample_limit >= 0):
         raise ValueError(

@@ -71,8 +71,8 @@ class DataConfig:
     included) end the run with an error that names the last one. Default: no limit."""
 
     append_data: bool = False
-    """--resume: sources may have grown at their end since the checkpoint. What the present pass has left and all new
-    sequences, evenly mixed, complete it, each once; later passes shuffle everything."""
+    """--resume: sources may have grown at their end since the checkpoint. What the present pass has left and all
+    new sequences, evenly mixed, complete it, each once; later passes shuffle everything."""
 
     target_mask_left: int | None = None
     """Token id: targets up to and including its last occurrence among them are ignored, in training and

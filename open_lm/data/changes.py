@@ -75,7 +75,8 @@ def differ(saved: dict[str, Any], source: Source) -> str:
     text = f"{saved['sequences']:,} sequences"
     if "shards" in saved:
         text = f"{saved['shards']:,} shards ({saved['first']} … {saved['last']}), {text}"
-    text += f" there, {here['shards']:,} shards ({here['first']} … {here['last']}), {here['sequences']:,} sequences here"
+    names = f"{here['first']} … {here['last']}"
+    text += f" there, {here['shards']:,} shards ({names}), {here['sequences']:,} sequences here"
     if grown_from(saved, source) is not None:
         return f"{text}; it has grown at its end: --append-data takes that in"
     if "marks" not in saved:
