@@ -86,6 +86,9 @@ class TrainData:
             resampled=self.config.dataset_resampled,
             history=history,
         )
+        self.reader.expect(
+            sum(len(source.eras) for source in self.order.sources)
+        )  # each append has its lanes
         self.items = Steps(self.order, self.reader, *self.slots)
 
     def resume(self, saved: dict, step: int) -> list[str]:

@@ -76,9 +76,8 @@ class SequenceReader:
         ignore_parse_errors: bool,
     ):
         self.sources = sources
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        limit = max(16, min(LANES * len(sources) + 16, files // 2))
-        self.open_shards = OpenShards(key, cache, limit, cut_short=ignore_parse_errors)
+        self.open_shards = OpenShards(key, cache, cut_short=ignore_parse_errors)
+        self.expect(len(sources))
         self.length = seq_len + 1
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors
@@ -125,6 +124,11 @@ class SequenceReader:
             for row_L, (source, shard, sequence) in zip(tokens_BL, places, strict=True):
                 self.check(row_L, self.open_shards.get(self.sources[source].shards[shard]), sequence)
         return Rows(tokens_BL, good_B, tuple(bad))
+
+    def expect(self, streams: int) -> None:
+        """Keeps so many times LANES shards open, if the process may open as many files."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.open_shards.limit = max(16, min(LANES * streams + 16, files // 2))
 
     def crop(self, spare: int, names: Sequence[int | str], slot: int) -> int:
         """Where the window of a sequence begins that is `spare` tokens too long."""

@@ -6,6 +6,7 @@ import pytest
 
 from open_lm.config import DataConfig
 from open_lm.data.loader import TrainData
+from open_lm.main import main
 
 SEQ_LEN = 4
 
@@ -30,7 +31,7 @@ def test_a_source_is_read_factor_times_while_the_others_are_read_once(sources, f
     seen = Counter(i for batch in data.batches(0, 10) for i in batch.tokens_BS[:, 0].tolist())
     assert seen == {**dict.fromkeys(range(60), 1), **dict.fromkeys(range(500, 520), 3)}
     with pytest.raises(
-        ValueError, match="source 1 .* holds 20 sequences, 60 at its factor of 3.0, .* needs 6"
+        ValueError, match=r"source 1 .* holds 20 sequences, 60 at its factor of 3.0, .* needs 6"
     ):
         data.check_enough(11)
     open_data(sources, factors, multiple_data_passes=True).check_enough(11)
@@ -39,7 +40,7 @@ def test_a_source_is_read_factor_times_while_the_others_are_read_once(sources, f
 def test_a_factor_below_one_leaves_a_source_whole(sources):
     data = open_data(sources, ("0.5", "1"))
     assert data.order.counts(6) in ([43, 29], [44, 28])  # 30 : 20
-    with pytest.raises(ValueError, match="source 1 .* holds 20 sequences, the run needs 2"):
+    with pytest.raises(ValueError, match=r"source 1 .* holds 20 sequences, the run needs 2"):
         data.check_enough(6)
     data.check_enough(4)
 
@@ -62,3 +63,14 @@ def test_the_fingerprint_has_factors_only_where_they_are_given(sources):
 def test_factors_that_cannot_be_are_refused(sources, factors, message):
     with pytest.raises(ValueError, match=message):
         open_data(sources, factors)
+
+
+def test_factors_and_weights_are_not_given_together(sources, capsys):
+    flags = f"--dataset-manifest {sources[0]} {sources[1]} --train-num-samples 100"
+    both = "--train-data-upsampling-factors 1::2 --train-data-mix-weights 1 1"
+    with pytest.raises(SystemExit):
+        main(f"--model open_lm_test_tiny {flags} {both}".split())
+    message = capsys.readouterr().err
+    assert (
+        "--train-data-upsampling-factors 1::2 and --train-data-mix-weights 1.0 1.0 are both given" in message
+    )
