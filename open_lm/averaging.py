@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from open_lm.config.averaging import DEFAULTS, Averager
 from open_lm.config.optim import PrecisionName
-from open_lm.data.loader import Batch
+from open_lm.data.batches import Batch
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, reshard_, unwrap

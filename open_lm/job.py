@@ -117,9 +117,10 @@ def prepare(
             seed=run.optim.seed,
             end_of_text=config.end_of_text,
         )
+        if start is not None and start.state is not None:
+            notes += refuse_changed_run(run, train_data, start.state, start.name)
         train_data.check_enough(schedule.end_step)
         if start is not None and start.state is not None:
-            refuse_changed_run(run, train_data.fingerprint(), start.state, start.name)
             if Path(start.file).parent == folder / "checkpoints":
                 refuse_other_intervals(run, start)
             dropped = set(start.averages) - {a.name for a in averagers}
@@ -328,18 +329,14 @@ def refuse_other_intervals(run: RunConfig, start: Start) -> None:
         )
 
 
-def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], state: dict[str, Any], path: str) -> None:
-    """Raises ValueError where the data, their order or the weights' dtype are not those of the checkpoint."""
-    saved = state["data"]
-    changed = [
-        f"{key}: {saved.get(key)!r} there, {fingerprint.get(key)!r} here"
-        for key in sorted(saved.keys() | fingerprint.keys())
-        if saved.get(key) != fingerprint.get(key)
-    ]
-    if changed:
+def refuse_changed_run(run: RunConfig, data: TrainData, state: dict[str, Any], path: str) -> list[str]:
+    """Lets the data go on where the checkpoint's did; warnings of --resume-changed. Raises ValueError where they,
+    their order or the weights' dtype are not those of the checkpoint."""
+    changed = "; ".join(data.resume(state["data"], state["step"]))
+    text = f"{path} was trained on other data or in another order ({changed})"
+    if changed and not run.checkpoint.resume_changed:
         raise ValueError(
-            f"{path} was trained on other data or in another order ({'; '.join(changed)}): "
-            "restore the flags, or start a new run with --pretrained"
+            f"{text}: restore the flags, start a new run with --pretrained, or go on so with --resume-changed"
         )
     precision = state["flags"]["precision"]
     if (precision == "bf16") != (run.optim.precision == "bf16"):
@@ -347,3 +344,4 @@ def refuse_changed_run(run: RunConfig, fingerprint: dict[str, Any], state: dict[
             f"--precision {run.optim.precision}, but {path} was trained with {precision}: weights and moments "
             "have another dtype; use its value, or start a new run with --pretrained"
         )
+    return [f"{text}: it goes on, by --resume-changed"] if changed else []

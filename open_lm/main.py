@@ -316,6 +316,7 @@ def train_all(
         end_interval=end_interval,
         averages=averages,
         averaged_loss_every=run.averaging.log_avg_model_training_loss,
+        bad_sample_limit=run.data.bad_sample_limit,
     )
 
 

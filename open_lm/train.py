@@ -14,7 +14,7 @@ from open_lm.config.model import ModelConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
-from open_lm.data.loader import Batch
+from open_lm.data.batches import Batch
 from open_lm.log import Log, logger
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
@@ -31,11 +31,13 @@ from open_lm.optim import (
     set_learning_rate_,
     update_,
 )
+from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync, routers
 
 MAX_SKIPS = 100  # non-finite steps in a row that end a run
 SCALE_STEPS = 16  # updates in a row that finding a fp16 loss scale may cost
+NAMED_SAMPLES = 20  # bad samples that the log names
 LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
 
 
@@ -184,6 +186,7 @@ def train(
     end_interval: Callable[[int], None],
     averages: Sequence[Average] = (),
     averaged_loss_every: int = 0,
+    bad_sample_limit: int | None = None,
 ) -> None:
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
@@ -196,6 +199,7 @@ def train(
     biases = [router.bias_E for router in routers(model)]
     window = Window(config, world, log_logit_mean, biases)
     clock = window.clock
+    bad_samples = BadSamples(bad_sample_limit)
     skips = Skips(progress.skipped_updates, world.device)
     show = log.progress(schedule.end_step, progress.step)
     model.train()
@@ -231,9 +235,8 @@ def train(
         window.add_(result, finite)
         progress.step += 1
         progress.tokens += result.tokens
-        if result.n_bad and not progress.bad_samples:
-            logger.warning("step %d: %d samples too short or unreadable: ignored", step + 1, result.n_bad)
         progress.bad_samples += result.n_bad
+        bad_samples.add_(result.n_bad, batch.bad, progress)
         clock.lap("optim_step_time")
 
         interval = schedule.interval_of(step)
@@ -257,6 +260,35 @@ def train(
             model.train()
             window.restart()
     log.end_progress()
+
+
+class BadSamples:
+    """Names the first bad samples of all ranks in the log, each once; ends a run that has too many."""
+
+    def __init__(self, limit: int | None) -> None:
+        self.limit = limit
+        self.named: set[str] = set()
+
+    def add_(self, n_bad: int, mine: Sequence[str], progress: Progress) -> None:
+        """Of one step: the number over all ranks, and this rank's own. Collective where something is to be named.
+
+        RuntimeError, on all ranks, when the run has more than the limit.
+        """
+        too_many = self.limit is not None and progress.bad_samples > self.limit
+        if not n_bad or (len(self.named) >= NAMED_SAMPLES and not too_many):
+            return
+        samples = [sample for of_rank in gather_objects(list(mine)) for sample in of_rank]
+        for sample in samples:
+            if sample not in self.named and len(self.named) < NAMED_SAMPLES:
+                self.named.add(sample)
+                logger.warning("step %d: %s: ignored", progress.step, sample)
+                if len(self.named) == NAMED_SAMPLES:
+                    logger.warning("further bad samples are only counted")
+        if too_many:
+            raise RuntimeError(
+                f"--bad-sample-limit {self.limit}: step {progress.step} brings the run's bad samples to "
+                f"{progress.bad_samples}; the last one: {samples[-1] if samples else 'unnamed'}"
+            )
 
 
 def look_at(skips: Skips, progress: Progress, finding_scale: bool) -> None:

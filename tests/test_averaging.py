@@ -20,7 +20,7 @@ from open_lm.config.averaging import parse_averagers
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
-from open_lm.data.loader import Batch
+from open_lm.data.batches import Batch
 from open_lm.main import main
 from open_lm.parallel import mesh, plan
 from open_lm.report.runs import read_run

@@ -12,7 +12,7 @@ from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
-from open_lm.data.loader import Batch
+from open_lm.data.batches import Batch
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.metrics import Clock
 from open_lm.moe.balance import switch_loss, update_bias_

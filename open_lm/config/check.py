@@ -23,7 +23,6 @@ NOT_NEGATIVE = ("lr", "wd", "warmup", "eps", "lr_cooldown_end", "lr_cooldown_pow
 # What each flag of LaterConfig says. "Not yet" is an error; anything else one warning line.
 NOT_YET = "not yet"
 LATER = {
-    "train_data_upsampling_factors": f"{NOT_YET}: use --train-data-mix-weights",
     "data_tolerate_error_p": "does nothing: exactly the requested tokens are read",
     "data_tolerate_num_ckpts": "does nothing: exactly the requested tokens are read",
     "hf_model": NOT_YET,
@@ -123,6 +122,21 @@ def _check_data(data: DataConfig) -> None:
             )
         if any(not 0 <= w < float("inf") for w in weights) or sum(weights) == 0:
             raise ValueError(f"--train-data-mix-weights {shown}: expected weights >= 0, not all zero")
+    factors = data.upsampling_factors
+    if factors and weights is not None:
+        raise ValueError(
+            f"--train-data-upsampling-factors {'::'.join(factors)} and --train-data-mix-weights "
+            f"{' '.join(map(str, weights))} are both given: use one"
+        )
+    if factors and len(factors) != len(sources):
+        raise ValueError(
+            f"--train-data-upsampling-factors {'::'.join(factors)}: {len(factors)} factors for "
+            f"{len(sources)} sources"
+        )
+    if data.bad_sample_limit is not None and not (data.ignore_parse_errors and data.bad_sample_limit >= 0):
+        raise ValueError(
+            f"--bad-sample-limit {data.bad_sample_limit}: expected 0 or more, with --ignore-parse-errors"
+        )
     if data.train_num_samples is not None and data.train_num_samples < 1:
         raise ValueError(f"--train-num-samples {data.train_num_samples}: expected at least 1 token")
     if data.workers < 0:

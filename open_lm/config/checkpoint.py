@@ -15,6 +15,10 @@ class CheckpointConfig:
     pretrained: str | None = None
     """Start a new run from these weights (path or URL): epoch_N.pt, a bare state dict, or .safetensors."""
 
+    resume_changed: bool = False
+    """Resume although the data or the batch are others than the checkpoint's: the list of differences is then a
+    warning. Sources that are still the same go on where they were."""
+
     save_frequency: int = 1
     """Save every Nth interval; the last one is always saved. 0: only the last."""
 

@@ -20,6 +20,10 @@ class DataConfig:
     train_data_mix_weights: tuple[float, ...] | None = None
     """One weight per source. They hold in every batch to within one sequence. Default: all sources alike."""
 
+    train_data_upsampling_factors: tuple[str, ...] | None = None
+    """One factor per source (`2 1 0.5` or `2::1::0.5`), instead of weights: a source is read in proportion to its
+    sequences times its factor. It may be used up as many times as its factor says, but at least once."""
+
     dataset_type: Literal["auto", "webdataset", "synthetic"] = "auto"
     """`synthetic`: random tokens, to time a model without data."""
 
@@ -59,7 +63,16 @@ class DataConfig:
     `pipe:`), may take before it is tried again."""
 
     ignore_parse_errors: bool = False
-    """Skip (mask and count) a sample that cannot be read, instead of failing with its name."""
+    """Skip (mask and count) a sample that cannot be read, instead of failing with its name. Of a local tar that is
+    cut short the readable part is used; each of the other samples that its manifest promises counts as bad."""
+
+    bad_sample_limit: int | None = None
+    """With --ignore-parse-errors: more bad samples than this (unreadable or too short; of all ranks, resumed runs
+    included) end the run with an error that names the last one. Default: no limit."""
+
+    append_data: bool = False
+    """--resume: sources may have grown at their end since the checkpoint. What the present pass has left and all
+    new sequences, evenly mixed, complete it, each once; later passes shuffle everything."""
 
     target_mask_left: int | None = None
     """Token id: targets up to and including its last occurrence among them are ignored, in training and
@@ -74,3 +87,9 @@ class DataConfig:
     squash_mask_left: bool = False
     """Take the --target-mask-left tokens themselves out of inputs and targets, and pad at the right with
     --target-mask-individual."""
+
+    @property
+    def upsampling_factors(self) -> tuple[str, ...]:
+        """--train-data-upsampling-factors, one text per source; () without the flag."""
+        factors = self.train_data_upsampling_factors
+        return tuple("::".join(factors).split("::")) if factors else ()

@@ -10,8 +10,6 @@ from tyro.conf import arg
 class LaterConfig:
     """Accepted from open_lm's commands: either a warning (the flag has no work to do here) or "not yet"."""
 
-    train_data_upsampling_factors: str | None = None
-    """Not yet, refused: use --train-data-mix-weights."""
     data_tolerate_error_p: float = 0.09
     """Does nothing: exactly the requested tokens are read, or the run does not start."""
     data_tolerate_num_ckpts: int = 0

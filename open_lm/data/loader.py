@@ -1,174 +1,22 @@
-"""Batches of tokens for one rank: training data in the order of `order.py`, held-out data once through.
+"""Batches of tokens for one rank: training data in the order of `order.py`, held-out data once through."""
 
-A data loader's item is a step (or a number of a batch), so workers never change the order, and every step
-can be the first. Workers are forked: they run numpy and the standard library alone, never CUDA,
-torch.distributed or torch's threads.
-
-Legend: B sequences of this rank's batch, S sequence length, L = S + 1 tokens of a stored sequence.
-"""
-
-import logging
 import os
-import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from fractions import Fraction
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from open_lm.config import DataConfig
+from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
 from open_lm.data.cache import find_cache
-from open_lm.data.manifest import Shard, Source, read_manifest
-from open_lm.data.masks import IGNORED, NO_MASKS, Masks, divide, find_masks
-from open_lm.data.order import LANES, Order
-from open_lm.data.read_ahead import ReadAhead, read_ahead
-from open_lm.data.reader import Rows, SequenceReader
+from open_lm.data.changes import changes_since, describe_source
+from open_lm.data.manifest import Source, read_manifest
+from open_lm.data.masks import NO_MASKS, Masks, find_masks
+from open_lm.data.order import Change, Order, upsample_weights
+from open_lm.data.reader import SequenceReader
 from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import find_source, open_shard
-from open_lm.data.synthetic import draw_tokens
-
-PREFETCHED = 4  # batches a worker is ahead
-
-
-class Batch(NamedTuple):
-    """Inputs and targets, int64; targets are -100 where there is nothing to learn.
-
-    `n_bad` sequences are wholly ignored: shorter than S + 1 tokens or, with --ignore-parse-errors,
-    unreadable.
-    """
-
-    tokens_BS: torch.Tensor
-    targets_BS: torch.Tensor
-    n_bad: int
-
-
-def make_batch(rows: Rows, masks: Masks = NO_MASKS) -> Batch:
-    """Inputs are all tokens but the last, targets all but the first that are neither masked nor bad."""
-    if (
-        masks == NO_MASKS
-    ):  # as `divide`, but in one block: the allocator keeps it for the next batch (measured)
-        sequences, length = rows.tokens_BL.shape
-        both_2BS = np.empty((2, sequences, length - 1), dtype=np.int64)
-        both_2BS[0] = rows.tokens_BL[:, :-1]
-        both_2BS[1] = rows.tokens_BL[:, 1:]
-        inputs_BS, targets_BS = torch.from_numpy(both_2BS)
-    else:
-        inputs_BS, targets_BS = divide(torch.from_numpy(rows.tokens_BL.astype(np.int64)), masks)
-    n_bad = int(np.count_nonzero(~rows.good_B))
-    if n_bad:
-        targets_BS[torch.from_numpy(~rows.good_B)] = IGNORED
-    return Batch(inputs_BS, targets_BS, n_bad)
-
-
-class Steps(Dataset):
-    """Item t: this rank's rows of step t, or the error that reading them gave."""
-
-    def __init__(self, order: Order, reader: SequenceReader, first: int, end: int):
-        self.order = order
-        self.reader = reader
-        self.slots = (first, end)
-
-    def shards(self, step: int) -> list[Shard]:
-        places = self.order.slots(step, *self.slots)
-        return [self.reader.sources[source].shards[shard] for source, shard, _ in places]
-
-    def __getitem__(self, step: int) -> Rows | Exception:
-        try:
-            places = self.order.slots(step, *self.slots)
-            return self.reader.read(places, self.order.seed, "crop", step, first=self.slots[0])
-        except (ValueError, OSError, ImportError) as error:
-            return error
-
-
-class SyntheticSteps(Dataset):
-    """Item t: this rank's rows of step t."""
-
-    def __init__(self, seed: int, first: int, end: int, length: int, vocab_size: int):
-        self.seed = seed
-        self.slots = (first, end)
-        self.shape = (length, vocab_size)
-
-    def __getitem__(self, step: int) -> Rows:
-        tokens_BL = draw_tokens(self.seed, step, *self.slots, *self.shape)
-        return Rows(tokens_BL, np.ones(len(tokens_BL), dtype=bool))
-
-
-class Stretches(Dataset):
-    """Item b: rows of the b-th `batch` of the first `total` sequences of a reader's one source, in stored order,
-    or the error that reading them gave."""
-
-    def __init__(self, reader: SequenceReader, batch: int, total: int):
-        self.reader = reader
-        self.batch = batch
-        self.total = total
-        self.end_N = np.cumsum([shard.num_sequences for shard in reader.sources[0].shards])
-
-    def shards(self, number: int) -> list[Shard]:
-        end = min((number + 1) * self.batch, self.total)
-        first, last = (self.place(i)[1] for i in (number * self.batch, end - 1))
-        return list(self.reader.sources[0].shards[first : last + 1])
-
-    def place(self, sequence: int) -> tuple[int, int, int]:
-        shard = int(self.end_N.searchsorted(sequence, side="right"))
-        return 0, shard, sequence - (int(self.end_N[shard - 1]) if shard else 0)
-
-    def __getitem__(self, number: int) -> Rows | Exception:
-        first = number * self.batch
-        try:
-            return self.reader.read(
-                [self.place(i) for i in range(first, min(first + self.batch, self.total))]
-            )
-        except (ValueError, OSError, ImportError) as error:
-            return error
-
-
-def pass_on(item):
-    """Arrays travel as they are: no shared memory, of which containers have little."""
-    return item
-
-
-def log_plainly(worker: int) -> None:
-    """In a forked worker: a handler that draws on a terminal has locks that a thread may have held at the fork."""
-    logger = logging.getLogger("open_lm")
-    drawing = [handler for handler in logger.handlers if not type(handler).__module__.startswith("logging")]
-    for handler in drawing:
-        logger.removeHandler(handler)
-        logger.addHandler(logging.StreamHandler(sys.stderr))
-
-
-def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> Iterator[Batch]:
-    """The masked batches of these items in this order, read by `workers` processes (0: by this one).
-
-    An error comes up in its place in the order, as itself. The processes end with the iterator.
-    """
-    items = read_ahead(items, numbers)
-    with warnings.catch_warnings():
-        # torch warns of more workers than cores, Python 3.12 of forking beside threads (see the file's top).
-        warnings.simplefilter("ignore")
-        rows_of_items = iter(
-            DataLoader(
-                items,
-                batch_size=None,
-                sampler=numbers,
-                num_workers=workers,
-                collate_fn=pass_on,
-                prefetch_factor=PREFETCHED if workers else None,
-                multiprocessing_context="fork" if workers else None,
-                worker_init_fn=log_plainly,
-                generator=torch.Generator(),  # else it draws a number from torch's global generator
-            )
-        )
-    try:
-        for rows in rows_of_items:
-            if isinstance(rows, Exception):
-                raise rows
-            yield make_batch(rows, masks)
-    finally:
-        if isinstance(items, ReadAhead):
-            items.close()
-        del rows_of_items  # ends the workers now, however long the error's traceback holds this frame
+from open_lm.data.source_order import LANES
 
 
 class TrainData:
@@ -201,17 +49,16 @@ class TrainData:
         self.seed = seed
         self.masks = find_masks(config, vocab_size, end_of_text)
         self.order: Order | None = None
+        self.slots = slots
+        self.factors = config.upsampling_factors
+        self.history: tuple[Change, ...] = ()
         self.sources: list[Source] = []
         if config.dataset_type == "synthetic":
             self.items: Dataset = SyntheticSteps(seed, *slots, seq_len + 1, vocab_size)
             return
         cache = cache or find_cache(config)
         self.sources = find_sources(config, cache)
-        lengths = [[shard.num_sequences for shard in source.shards] for source in self.sources]
-        shuffle = not config.disable_buffer
-        weights = config.train_data_mix_weights
-        self.order = Order(lengths, weights, global_batch, seed, shuffle, config.dataset_resampled)
-        reader = SequenceReader(
+        self.reader = SequenceReader(
             self.sources,
             key=config.data_key,
             cache=cache,
@@ -219,7 +66,43 @@ class TrainData:
             vocab_size=vocab_size,
             ignore_parse_errors=config.ignore_parse_errors,
         )
-        self.items = Steps(self.order, reader, *slots)
+        self.arrange(())
+
+    def arrange(self, history: Sequence[Change]) -> None:
+        """Puts the data in the order that they have after these changes."""
+        self.history = tuple(history)
+        if not self.sources:
+            return
+        lengths = [[shard.num_sequences for shard in source.shards] for source in self.sources]
+        weights: Sequence[float | Fraction] | None = self.config.train_data_mix_weights
+        if self.factors:
+            weights = upsample_weights(self.factors, [source.sequences for source in self.sources])
+        self.order = Order(
+            lengths,
+            weights,
+            self.global_batch,
+            self.seed,
+            shuffle=not self.config.disable_buffer,
+            resampled=self.config.dataset_resampled,
+            history=history,
+        )
+        self.reader.expect(
+            sum(len(source.eras) for source in self.order.sources)
+        )  # each append has its lanes
+        self.items = Steps(self.order, self.reader, *self.slots)
+
+    def resume(self, saved: dict, step: int) -> list[str]:
+        """Goes on at `step` where the run whose fingerprint was `saved` stood; what differs from it, if anything.
+
+        With --append-data a source that has grown at its end does not differ. Where batch, weights or seed differ,
+        or sources grew, every source goes on behind the sequences that it has given. Where they are other sources,
+        the order is that of a new run: sequences may come again or not at all.
+        """
+        differences, history = changes_since(
+            saved, self.fingerprint(), self.sources, step, self.config.append_data
+        )
+        self.arrange(history)
+        return differences
 
     def batches(self, start_step: int, end_step: int) -> Iterator[Batch]:
         """This rank's batches of the steps start_step … end_step-1. Errors name the shard and the sample."""
@@ -230,11 +113,15 @@ class TrainData:
         if self.order is None or self.config.multiple_data_passes or self.config.dataset_resampled:
             return
         needs = self.order.counts(end_step)
+        factors = [max(Fraction(1), Fraction(factor)) for factor in self.factors or ["1"] * len(needs)]
         missing = [
-            f"source {number} ({source.name}) holds {source.sequences:,} sequences, "
-            f"the run needs {need:,} by step {end_step:,}"
-            for number, (source, need) in enumerate(zip(self.sources, needs, strict=True))
-            if need > source.sequences
+            f"source {number} ({source.name}) holds {source.sequences:,} sequences"
+            + (f", {source.sequences * factor:,g} at its factor of {factor}" if factor > 1 else "")
+            + f", the run needs {need:,} by step {end_step:,}"
+            for number, (source, factor, need) in enumerate(
+                zip(self.sources, map(float, factors), needs, strict=True)
+            )
+            if need > source.sequences * factors[number]
         ]
         if missing:
             raise ValueError(
@@ -245,12 +132,16 @@ class TrainData:
     def fingerprint(self) -> dict:
         """What determines the order and the targets beside the step, wherever the files lie, as plain JSON.
 
-        Without a mask it is what it was before there were masks: old checkpoints resume.
+        What is not given is not in it: checkpoints from before a flag resume.
         """
         given = {k: v for k, v in self.masks._asdict().items() if k != "after" or v is not None}
-        masks = {"masks": given} if self.masks != NO_MASKS else {}
-        return masks | {
-            "sources": [{"sha256": source.sha256, "sequences": source.sequences} for source in self.sources],
+        optional = {
+            "masks": given if self.masks != NO_MASKS else None,
+            "factors": list(self.factors),
+            "history": [change._asdict() for change in self.history],
+        }
+        return {key: value for key, value in optional.items() if value} | {
+            "sources": [describe_source(source) for source in self.sources],
             "weights": [str(weight) for weight in self.order.weights] if self.order else [],
             "global_batch": self.global_batch,
             "seed": self.seed,
@@ -268,14 +159,14 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     if config.dataset_manifest:
         sources = [read_manifest(url, cache.patience) for url in config.dataset_manifest]
         for source in sources:
-            check_shards(source, config.data_key, cache)
+            check_shards(source, config.data_key, cache, config.ignore_parse_errors)
         return sources
     if config.train_data:
         return [find_source(entry, config.data_key, cache) for entry in config.train_data]
     raise ValueError("no training data: give --dataset-manifest, --train-data or --dataset-type synthetic")
 
 
-def check_shards(source: Source, key: str, cache: Cache) -> None:
+def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> None:
     """Of a local source: every tar is there, and the first opens and holds what the manifest says.
 
     Raises FileNotFoundError or ValueError. Remote tars are met when they are read.
@@ -289,7 +180,7 @@ def check_shards(source: Source, key: str, cache: Cache) -> None:
         if name not in listed[folder]:
             raise FileNotFoundError(f"{shard.url}, named by {source.name}, does not exist")
     if local:
-        open_shard(local[0], key, cache).close()
+        open_shard(local[0], key, cache, cut_short=cut_short).close()
 
 
 class ValData:
@@ -315,7 +206,7 @@ class ValData:
         cache = cache or Cache()
         source = find_source(entry, key, cache, limit)
         if entry.endswith(".jsonl"):
-            check_shards(source, key, cache)
+            check_shards(source, key, cache, ignore_parse_errors)
         self.entry = entry
         self.name = name
         self.workers = workers

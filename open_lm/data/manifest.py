@@ -35,6 +35,9 @@ class Source(NamedTuple):
     name: str
     shards: tuple[Shard, ...]
     sha256: str
+    """Of the listing."""
+    listing: bytes = b""
+    """The manifest as it is, or a line per shard."""
 
     @property
     def sequences(self) -> int:
@@ -58,7 +61,7 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
         if shard.url in shards:
             raise ValueError(f"{url}:{number}: shard {shard.url} is listed twice")
         shards[shard.url] = shard
-    source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest())
+    source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest(), content)
     if source.sequences == 0:
         raise ValueError(f"{url}: the manifest lists no sequences")
     return source

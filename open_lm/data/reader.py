@@ -14,9 +14,10 @@ import numpy as np
 
 from open_lm.data.binary import BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
-from open_lm.data.order import LANES, draw
+from open_lm.data.randomness import draw
 from open_lm.data.remote import Cache
 from open_lm.data.shards import ShardReader, open_shard
+from open_lm.data.source_order import LANES
 
 
 class Rows(NamedTuple):
@@ -24,15 +25,19 @@ class Rows(NamedTuple):
 
     tokens_BL: np.ndarray
     good_B: np.ndarray
+    bad: tuple[str, ...] = ()
+    """Of each row that is not good: shard, sample and what is wrong."""
 
 
 class OpenShards:
     """Open readers of one process, the least recently used closed above `limit`."""
 
-    def __init__(self, key: str, cache: Cache, limit: int = 512):
+    def __init__(self, key: str, cache: Cache, limit: int = 512, cut_short: bool = False):
         self.key = key
         self.cache = cache
         self.limit = limit
+        self.cut_short = cut_short
+        """Whether the readable part of a tar that is cut short will do."""
         self.readers: OrderedDict[str, ShardReader | BinaryShard] = OrderedDict()
 
     def get(self, shard: Shard) -> ShardReader | BinaryShard:
@@ -41,7 +46,7 @@ class OpenShards:
         if reader is not None:
             self.readers.move_to_end(shard.url)
             return reader
-        reader = self.readers[shard.url] = open_shard(shard, self.key, self.cache)
+        reader = self.readers[shard.url] = open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
         if len(self.readers) > self.limit:
             self.readers.popitem(last=False)[1].close()
         return reader
@@ -71,8 +76,8 @@ class SequenceReader:
         ignore_parse_errors: bool,
     ):
         self.sources = sources
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self.open_shards = OpenShards(key, cache, limit=max(16, min(LANES * len(sources) + 16, files // 2)))
+        self.open_shards = OpenShards(key, cache, cut_short=ignore_parse_errors)
+        self.expect(len(sources))
         self.length = seq_len + 1
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors
@@ -89,6 +94,7 @@ class SequenceReader:
         (*crop_names, slot) where slots count from `first`, or its beginning if there are no names."""
         tokens_BL = np.zeros((len(places), self.length), dtype=self.dtype)
         good_B = np.zeros(len(places), dtype=bool)
+        bad = []
         for row, (row_L, (source, shard, sequence)) in enumerate(zip(tokens_BL, places, strict=True)):
             reader = self.open_shards.get(self.sources[source].shards[shard])
             try:
@@ -104,14 +110,25 @@ class SequenceReader:
                     if spare >= 0:
                         row_L[:] = self.check(tokens[start : start + self.length], reader, sequence)
                 good_B[row] = spare >= 0
-            except UnreadableSample:
+                if spare < 0:
+                    bad.append(
+                        f"shard {reader.url}: sample {reader.name(sequence)} has {self.length + spare} tokens, "
+                        f"{self.length} are needed"
+                    )
+            except UnreadableSample as error:
                 if not self.ignore_parse_errors:
                     raise
                 row_L[:] = 0
+                bad.append(str(error))
         if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:
             for row_L, (source, shard, sequence) in zip(tokens_BL, places, strict=True):
                 self.check(row_L, self.open_shards.get(self.sources[source].shards[shard]), sequence)
-        return Rows(tokens_BL, good_B)
+        return Rows(tokens_BL, good_B, tuple(bad))
+
+    def expect(self, streams: int) -> None:
+        """Keeps so many times LANES shards open, if the process may open as many files."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self.open_shards.limit = max(16, min(LANES * streams + 16, files // 2))
 
     def crop(self, spare: int, names: Sequence[int | str], slot: int) -> int:
         """Where the window of a sequence begins that is `spare` tokens too long."""

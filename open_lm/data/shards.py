@@ -92,7 +92,7 @@ class ShardReader:
     def __init__(self, url: str, fd: int, index: Index):
         self.url = url
         self.index = index
-        self.decode = DECODERS[index.key]
+        self.decode = DECODERS.get(index.key, decode_json)  # no key, no member
         self.fd = fd
         self.close = weakref.finalize(self, os.close, fd)
 
@@ -100,6 +100,11 @@ class ShardReader:
         return len(self.index.offset_N)
 
     def __getitem__(self, i: int) -> np.ndarray:
+        if i >= len(self):
+            raise UnreadableSample(
+                f"shard {self.url}: sample number {i} cannot be read: the tar is cut short after {len(self):,} "
+                "sequences"
+            )
         size = int(self.index.size_N[i])
         data = os.pread(self.fd, size, int(self.index.offset_N[i]))
         try:
@@ -129,13 +134,18 @@ class ShardReader:
 
 
 def open_shard(
-    url: str | Shard, key: str = AUTO, cache: Cache | None = None, num_sequences: int | None = None
+    url: str | Shard,
+    key: str = AUTO,
+    cache: Cache | None = None,
+    num_sequences: int | None = None,
+    cut_short: bool = False,
 ) -> ShardReader | BinaryShard:
     """Opens a local, remote or `pipe:` tar whose samples' members end in `.key` or `.key.gz`; auto: the one known
     ending that they have.
 
     A Shard whose manifest says where its sequences lie opens at once; the members of others are searched.
-    ValueError, naming the shard: no such member, no tar, cut short, or not what its manifest says.
+    ValueError, naming the shard: no such member, no tar, cut short, or not what its manifest says. With
+    `cut_short` the part of a tar that is there will do: its other sequences are UnreadableSample.
     """
     shard, counted = (url, url.num_sequences) if isinstance(url, Shard) else (Shard(url, 0), num_sequences)
     key = find_key(shard, key)
@@ -143,14 +153,14 @@ def open_shard(
     fd = open_file(shard.url, cache or Cache(), shard.bytes, shard.sha256)
     try:
         if layout is not None:
-            check_layout(fd, shard, layout)
+            check_layout(fd, shard, layout, cut_short)
             return BinaryShard(shard.url, fd, layout)
-        index = index_tar(fd, shard.url, key)
-        check_count(shard.url, index, key, counted)
+        index = index_tar(fd, shard.url, key, cut_short and counted is not None)
+        check_count(shard.url, index, key, counted, cut_short)
     except BaseException:
         os.close(fd)
         raise
-    if layout := find_layout(index):
+    if index.is_ended and (layout := find_layout(index)):
         return BinaryShard(shard.url, fd, layout)
     return ShardReader(shard.url, fd, index)
 
@@ -180,9 +190,11 @@ def find_key(shard: Shard, key: str) -> str:
     return shard.data_key if key == AUTO else key
 
 
-def check_count(url: str, index: Index, key: str, num_sequences: int | None) -> None:
+def check_count(url: str, index: Index, key: str, num_sequences: int | None, cut_short: bool = False) -> None:
     """ValueError unless a tar has as many sequences as its manifest says, or, without one, its end mark."""
     count = len(index.offset_N)
+    if cut_short and not index.is_ended and num_sequences is not None and count <= num_sequences:
+        return
     if count == 0 and num_sequences != 0:
         endings = ", ".join(index.endings) or "no members at all"
         known = f"any of {', '.join('.' + known for known in DECODERS)}" if key == AUTO else f".{key}"
@@ -196,13 +208,16 @@ def check_count(url: str, index: Index, key: str, num_sequences: int | None) -> 
         )
 
 
-def index_tar(fd: int, url: str, key: str) -> Index:
+def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
     """Finds the members that end in `.key` or `.key.gz` (auto: in the one known ending that there is).
 
     ValueError names the shard if it is no whole tar, or has several known endings.
     """
     length = os.fstat(fd).st_size
     try:
+        if length == 0 and cut_short:
+            none = np.zeros(0, np.int64)
+            return Index(key, none, none, none.astype(bool), False, ())
         if length == 0:
             raise ValueError("it is empty")
         with mmap.mmap(fd, length, access=mmap.ACCESS_READ) as data:
@@ -211,7 +226,9 @@ def index_tar(fd: int, url: str, key: str) -> Index:
                 members, end = list_members(fd)
             is_ended = data[end : end + BLOCK_BYTES] == bytes(BLOCK_BYTES)
         past = next((member for member in members if member.offset + member.size > length), None)
-        if past is not None:
+        if past is not None and cut_short:
+            members, is_ended = members[: members.index(past)], False
+        elif past is not None:
             raise ValueError(f"it is cut short in {past.name.decode(errors='replace')}")
     except (ValueError, tarfile.TarError) as error:
         raise ValueError(f"shard {url}: cannot be read as a tar: {error}") from error
@@ -246,7 +263,7 @@ def scan_members(data: mmap.mmap) -> tuple[list[Member] | None, int]:
     members, offset = [], 0
     while True:
         header = data[offset : offset + BLOCK_BYTES]
-        if not header or header == bytes(BLOCK_BYTES):
+        if len(header) < BLOCK_BYTES or header == bytes(BLOCK_BYTES):
             return members, offset
         if header[257:262] != b"ustar" or header[124] & 0x80:
             return None, 0
@@ -300,4 +317,4 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
         seconds,
     )
     listing = "".join(f"{posixpath.basename(shard.url)}\t{shard.num_sequences}\n" for shard in shards)
-    return Source(entry, tuple(shards), hashlib.sha256(listing.encode()).hexdigest())
+    return Source(entry, tuple(shards), hashlib.sha256(listing.encode()).hexdigest(), listing.encode())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from open_lm.data.order import philox
+from open_lm.data.randomness import philox
 
 
 def draw_tokens(seed: int, step: int, first: int, end: int, length: int, vocab_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from open_lm.data.order import permute
+from open_lm.data.randomness import permute
 from open_lm.tokenize.folder import Folder, open_folder
 from open_lm.tokenize.mapping import Block
 from open_lm.tokenize.packing import best_fit, join

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from open_lm.data.order import permute
+from open_lm.data.randomness import permute
 from open_lm.tokenize.corpus import train_tokenizer
 from open_lm.tokenize.folder import open_folder, open_stream
 from open_lm.tokenize.inputs import Unit

@@ -150,7 +150,6 @@ def test_purpose(line: str, message: str) -> None:
 
 
 EXAMPLE = {
-    "train_data_upsampling_factors": "1::2",
     "hf_model": "x",
     "hf_fsdp_block": "x",
     "remote_sync": "s3://b",

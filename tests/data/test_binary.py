@@ -11,8 +11,9 @@ import webdataset
 
 from open_lm.config import DataConfig
 from open_lm.config.data import DATA_KEYS
+from open_lm.data.batches import make_batch
 from open_lm.data.binary import BinaryShard
-from open_lm.data.loader import TrainData, ValData, make_batch
+from open_lm.data.loader import TrainData, ValData
 from open_lm.data.manifest import read_manifest
 from open_lm.data.reader import Rows
 from open_lm.data.shards import DECODERS, ShardReader, open_shard

@@ -12,7 +12,7 @@ from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
-from open_lm.data.loader import Batch
+from open_lm.data.batches import Batch
 from open_lm.eval.bootstrap import interval
 from open_lm.eval.perplexity import evaluate, perplexity
 from open_lm.loss import real_positions
