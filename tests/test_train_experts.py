@@ -161,7 +161,7 @@ def test_bias_evens_out_a_skewed_router():
     model = make(BIAS)
     loads = []
     for number in range(60):
-        tokens, targets, _ = batch_of(slice(0, 8), number)
+        tokens, targets, *_ = batch_of(slice(0, 8), number)
         result, _ = step(model, Batch(tokens % 5, targets % 5, 0), BIAS)
         loads.append([layer.count_E for layer in unpack(result.router, result.like)])
         balance_(model, result, 0.002)
