@@ -5,7 +5,9 @@ Rows are as narrow as the vocabulary allows, because they travel between process
 Legend: B rows, L = sequence length + 1 tokens of a row.
 """
 
+import logging
 import resource
+import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,6 +20,11 @@ from open_lm.data.randomness import draw
 from open_lm.data.remote import Cache
 from open_lm.data.shards import ShardReader, open_shard
 from open_lm.data.source_order import LANES
+
+logger = logging.getLogger(__name__)
+
+# A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
+GONE_RETRIES = 2
 
 
 class Rows(NamedTuple):
@@ -41,15 +48,27 @@ class OpenShards:
         self.readers: OrderedDict[str, ShardReader | BinaryShard] = OrderedDict()
 
     def get(self, shard: Shard) -> ShardReader | BinaryShard:
-        """The shard's reader. ValueError if it does not hold what its manifest promises."""
+        """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
+        is gone, also after waiting for it."""
         reader = self.readers.get(shard.url)
         if reader is not None:
             self.readers.move_to_end(shard.url)
             return reader
-        reader = self.readers[shard.url] = open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
+        reader = self.readers[shard.url] = self.open(shard)
         if len(self.readers) > self.limit:
             self.readers.popitem(last=False)[1].close()
         return reader
+
+    def open(self, shard: Shard) -> ShardReader | BinaryShard:
+        patience = self.cache.patience
+        for attempt in range(1, min(patience.retries, GONE_RETRIES) + 1):
+            try:
+                return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
+            except FileNotFoundError as error:
+                seconds = patience.wait_seconds(attempt)
+                logger.warning("%s; it is looked for again in %.1f s", error, seconds)
+                (patience.stop or threading.Event()).wait(seconds)
+        return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
 
     def close(self) -> None:
         """Closes all."""

@@ -3,12 +3,16 @@
 import json
 import os
 import shlex
+import threading
 
 import numpy as np
 import pytest
 
 from open_lm.config import DataConfig
 from open_lm.data.loader import TrainData
+from open_lm.data.manifest import Shard
+from open_lm.data.reader import OpenShards
+from open_lm.data.remote import Cache, Patience
 from open_lm.main import main
 
 SEQ_LEN, SAMPLES = 4, 12
@@ -133,3 +137,18 @@ def test_a_run_goes_on_with_appended_data(write_shard, with_short_samples, tmp_p
     train(with_short_samples, tmp_path, "--max-steps 7 --resume latest")
     progress = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["train/bad_samples"] for line in progress if "train/loss" in line][-1] == 4  # one whole pass
+
+
+def test_a_shard_that_vanishes_is_looked_for_again(write_shard, tmp_path, caplog):
+    path = tmp_path / "a.tar"
+    write_shard(path, [[1] * 17])
+    away = path.rename(tmp_path / "away.tar")
+    threading.Timer(0.1, away.rename, (path,)).start()
+    cache = Cache(tmp_path / "cache", patience=Patience(first_wait_seconds=0.5))
+    assert len(OpenShards("auto", cache).get(Shard(str(path), 1))) == 1
+    assert "a.tar: no such file; it is looked for again in" in caplog.text
+
+    path.unlink()
+    cache = Cache(tmp_path / "cache", patience=Patience(first_wait_seconds=0.01))
+    with pytest.raises(FileNotFoundError, match=r"a\.tar: no such file"):
+        OpenShards("auto", cache).get(Shard(str(path), 1))
