@@ -23,6 +23,7 @@ from open_lm.nn.documents import Documents, find_documents
 from open_lm.nn.ffn import FFNS
 from open_lm.nn.init import initialize_
 from open_lm.nn.norm import NORMS
+from open_lm.nn.rotary import Table
 
 
 class Output(NamedTuple):
@@ -39,15 +40,13 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """A decoder-only language model with mixture-of-experts layers where `config.moe` says so.
 
-    `grad_checkpointing = True` keeps only each block's input and recomputes the rest in the backward pass;
-    `compiled_loss = True` fuses the passes over the logits (torch.compile).
+    `grad_checkpointing = True` keeps only each block's input and recomputes the rest in the backward pass.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.grad_checkpointing = False
-        self.compiled_loss = False
         norm, sparse = NORMS[config.model_norm], set(moe_layers(config))
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
         learned = config.positional_embedding_type == "learned"
@@ -83,22 +82,18 @@ class Transformer(nn.Module):
             documents = documents_of(tokens_BS.cpu(), self.config, tokens_BS.device)
         position_S = positions(tokens_BS, caches[0] if caches else None, documents)
         x_BSD = self.embed(tokens_BS, position_S, caches[0].length if caches else 0)
-        recompute = self.grad_checkpointing and caches is None and torch.is_grad_enabled()
         # once, not in every block: compiled blocks would compute each cosine anew for each batch and head
         first = self.layers[0]
         assert isinstance(first, Block)
         table = first.attention.position_table(position_S)
         about = Tokens(tokens_BS if self.config.moe.router == "hash" else None, real_BS)
-        router_stats = []
-        for layer, block in enumerate(self.layers):
-            if recompute:
-                x_BSD, stats = checkpoint(block, x_BSD, None, table, about, documents, use_reentrant=False)
-            else:
-                x_BSD, stats = block(
-                    x_BSD, None if caches is None else caches[layer], table, about, documents
-                )
-            if stats is not None:
-                router_stats.append(stats)
+        if caches is None:
+            x_BSD, router_stats = self.body(x_BSD, table, about, documents)
+        else:
+            router_stats = []
+            for block, cache in zip(self.layers, caches, strict=True):
+                x_BSD, stats = block(x_BSD, cache, table, about, documents)
+                router_stats += [] if stats is None else [stats]
         x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return Output(self.output(x_BSD), tuple(router_stats))
@@ -107,9 +102,23 @@ class Transformer(nn.Module):
             self.output.weight,
             targets_BS,
             z_loss_coefficient=z_loss_coefficient,
-            compiled=self.compiled_loss,
         )
         return Output(None, tuple(router_stats), loss)
+
+    def body(
+        self, x_BSD: Tensor, table: Table, about: Tokens, documents: Documents | None
+    ) -> tuple[Tensor, list[RouterStats]]:
+        """All blocks in turn: x_BSD and the statistics of the sparse ones."""
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        router_stats = []
+        for block in self.layers:
+            if recompute:
+                x_BSD, stats = checkpoint(block, x_BSD, None, table, about, documents, use_reentrant=False)
+            else:
+                x_BSD, stats = block(x_BSD, None, table, about, documents)
+            if stats is not None:
+                router_stats.append(stats)
+        return x_BSD, router_stats
 
     def embed(self, tokens_BS: Tensor, position_S: Tensor, offset: int) -> Tensor:
         """x_BSD of tokens at positions (S,) or (B, S), behind `offset` others. Raises ValueError for texts beyond

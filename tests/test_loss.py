@@ -1,10 +1,24 @@
 """Cross-entropy against torch's and against -log softmax spelled out, and the fused one against both."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from open_lm import loss
+
+
+@pytest.fixture(params=["definition", "kernel"])
+def losses_(request, monkeypatch):
+    """What is done between the products: by torch, and by the kernel, in Triton's interpreter where is no GPU."""
+    if request.param == "kernel":
+        if find_spec("triton") is None or torch.cuda.is_available():
+            pytest.skip("needs triton's interpreter; on a GPU the kernel itself is tested")
+        from open_lm.loss import kernel
+
+        monkeypatch.setattr(kernel, "BLOCK", 4)  # several blocks a row, the last not full
+        monkeypatch.setattr(loss, "find_losses", lambda *_: kernel.losses_)
 
 
 @pytest.fixture(params=[1, 5, 10**9], ids=["chunks of 1", "chunks of 5", "one chunk"])
@@ -49,7 +63,7 @@ def test_equals_torch_and_the_definition():
 
 
 @pytest.mark.parametrize("z", [0.0, 0.1])
-def test_fused_equals_torch_in_value_and_gradient(chunk_tokens, z):
+def test_fused_equals_torch_in_value_and_gradient(losses_, chunk_tokens, z):
     x, weight, targets = linear_batch()
     fused = loss.linear_cross_entropy(x, weight, targets, z_loss_coefficient=z)
     (3 * fused.objective_sum).backward()
@@ -73,7 +87,7 @@ def test_fused_equals_torch_in_value_and_gradient(chunk_tokens, z):
     assert not fused.nll_BS.requires_grad
 
 
-def test_fused_without_gradient_is_the_same(chunk_tokens):
+def test_fused_without_gradient_is_the_same(losses_, chunk_tokens):
     x, weight, targets = linear_batch()
     expected = loss.linear_cross_entropy(x, weight, targets)
     with torch.no_grad():
@@ -100,6 +114,24 @@ def test_fused_under_autocast_is_as_good_as_unfused(chunk_tokens):
         assert ours.dtype == torch.float32
         assert (ours - true).norm() < 1.5 * (theirs - true).norm() + 1e-3 * true.norm()
     assert (fused - exact).abs() < 0.02 * exact
+
+
+def test_token_weights_weigh_the_objective_and_its_gradient(losses_, chunk_tokens):
+    x, weight, targets = linear_batch()
+    token_weights = torch.linspace(0, 2, 14).view(2, 7)
+    fused = loss.linear_cross_entropy(
+        x, weight, targets, z_loss_coefficient=0.1, token_weights_BS=token_weights
+    )
+    ours = torch.autograd.grad(fused.objective_sum, (x, weight))
+
+    logits = F.linear(x, weight)
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(2, 7)
+    logsumexp = logits.logsumexp(-1).where(targets != -100, 0)
+    expected = (token_weights * (nll + 0.1 * logsumexp.square())).sum()
+    torch.testing.assert_close(fused.objective_sum, expected)
+    torch.testing.assert_close(fused.nll_BS, nll)
+    for mine, theirs in zip(ours, torch.autograd.grad(expected, (x, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_fused_keeps_no_logits():
@@ -129,7 +161,7 @@ def test_gradient_is_the_slope(pick):
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=2e-3, atol=2e-3)
 
 
-def test_extreme_logits_and_nothing_to_predict():
+def test_extreme_logits_and_nothing_to_predict(losses_):
     logits = torch.tensor([[[1e4, -1e4], [-1e4, 1e4]]], requires_grad=True)
     result = loss.cross_entropy(logits, torch.tensor([[0, 0]]))
     result.nll_sum.backward()
@@ -162,10 +194,12 @@ def test_wrong_shapes_are_refused():
 @pytest.mark.filterwarnings("default")  # torch's compiler warns about itself
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_fused_on_a_gpu(dtype, compiled, monkeypatch):
+@pytest.mark.parametrize("kernel", [False, True])
+def test_fused_on_a_gpu(dtype, kernel, monkeypatch):
     """Many chunks, one of them smaller, at the vocabulary's real size."""
     monkeypatch.setitem(loss.CHUNK_LOGITS, "cuda", 100 * 50_432)
+    if not kernel:
+        monkeypatch.setattr(loss, "find_losses", lambda *_: loss.losses_)
     torch.manual_seed(0)
     x = torch.randn(1, 411, 96, device="cuda").requires_grad_()
     weight = (torch.randn(50_432, 96, device="cuda") / 5).requires_grad_()
@@ -177,11 +211,7 @@ def test_fused_on_a_gpu(dtype, compiled, monkeypatch):
             value = function()
         return value, *torch.autograd.grad(value, (x, weight))
 
-    fused = lambda: (
-        loss.linear_cross_entropy(
-            x, weight, targets, z_loss_coefficient=1e-3, compiled=compiled
-        ).objective_sum
-    )
+    fused = lambda: loss.linear_cross_entropy(x, weight, targets, z_loss_coefficient=1e-3).objective_sum
 
     def plain():
         result = loss.cross_entropy(F.linear(x, weight), targets)

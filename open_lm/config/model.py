@@ -123,7 +123,8 @@ class ModelFlags:
     """Recompute each block in the backward pass instead of keeping its activations."""
 
     torchcompile: bool = False
-    """torch.compile every block."""
+    """torch.compile: all blocks as one graph in a single process; block by block with --fsdp, DDP or
+    --grad-checkpointing."""
 
 
 @dataclass(frozen=True)

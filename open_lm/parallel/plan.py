@@ -52,15 +52,16 @@ def parallelize(
     }
     model = build(config)
     model.grad_checkpointing = grad_checkpointing
-    model.compiled_loss = torchcompile
     dtype = WHOLE_MODEL.get(precision)
+    # one graph of all blocks fuses what is between two, but leaves no place for collectives, recomputation, casts
+    as_one = world.world_size == 1 and not (distributed.fsdp or grad_checkpointing or precision == "fp16")
 
     if not meta:
         _materialize_(model, "", config, seed, world.device, dtype)
     for name, block in model.layers.named_children():
         if meta:
             _materialize_(block, f"layers.{name}.", config, seed, world.device, dtype)
-        if torchcompile:
+        if torchcompile and not as_one:
             # not block.compile(): FSDP's hooks must stay outside of the graph
             block.forward = torch.compile(block.forward)
         if distributed.fsdp:
@@ -81,6 +82,8 @@ def parallelize(
     if precision == "fp16":
         for unit in (*model.layers, *(child for child in model.children() if child is not model.layers)):
             _cast_in_forward_(unit, torch.float16)
+    if torchcompile and as_one:
+        model.body = torch.compile(model.body)
     if world.world_size == 1:
         return model
     options: dict[str, Any] = {

@@ -254,6 +254,22 @@ def test_compiled_blocks_on_two_ranks_equal_one_process(spawn, references):
         assert_same(result, references["moe", "adamw"])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch.compile's own
+@pytest.mark.parametrize("recompute", [False, True], ids=["one graph", "block by block"])
+def test_compiled_in_one_process_equals_uncompiled(recompute, references, monkeypatch):
+    compiled, compile = [], torch.compile
+
+    def compile_without_code(function):  # no C++ compiler needed
+        compiled.append(function.__name__)
+        return compile(function, backend="aot_eager", fullgraph=True)
+
+    monkeypatch.setattr(plan.torch, "compile", compile_without_code)
+    model = make(SPARSE, ALONE, PLAIN, torchcompile=True, grad_checkpointing=recompute)
+    assert compiled == (["forward"] * len(model.layers) if recompute else ["body"])
+    assert_same(train(model, ALONE), references["moe", "adamw"])
+
+
 def forward_and_backward(model):
     """(output, gradients, bytes that the forward pass keeps for the backward pass)."""
     kept: dict[int, int] = {}

@@ -3,8 +3,8 @@
 Shapes: B sequences, S positions, T = B * S tokens, D model width, V vocabulary, C tokens of a chunk.
 """
 
-import functools
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -54,7 +54,7 @@ class LinearLoss(NamedTuple):
     """What `linear_cross_entropy` returns; only `objective_sum` carries a gradient."""
 
     objective_sum: Tensor
-    """Sum over tokens of nll + z_loss_coefficient * logsumexp², fp32 scalar."""
+    """Sum over tokens of weight * (nll + z_loss_coefficient * logsumexp²), fp32 scalar."""
     nll_BS: Tensor
     """Negative log-likelihood of each token in nats, fp32, 0 where the target is -100."""
     logsumexp_BS: Tensor
@@ -73,21 +73,25 @@ def linear_cross_entropy(
     targets_BS: Tensor,
     *,
     z_loss_coefficient: float = 0.0,
-    compiled: bool = False,
+    token_weights_BS: Tensor | None = None,
 ) -> LinearLoss:
     """Cross-entropy (and z-loss) of the logits x @ weight.T, which never exist all at once.
 
     Equal to `cross_entropy(F.linear(x, weight), targets)`: logits have the dtype that autocast would give them,
     everything behind them is fp32. The gradients of x and weight are computed in the forward pass, chunk by
-    chunk while the logits are at hand: three matrix products in all. `compiled` fuses what lies between them.
+    chunk while the logits are at hand: three matrix products in all, and one kernel between them where there is
+    Triton and a GPU. `token_weights_BS` (fp32, no gradient) weighs the tokens in the objective; None: all 1.
     """
     _check_shapes(x_BSD, targets_BS)
+    if token_weights_BS is not None:
+        _check_shapes(x_BSD, token_weights_BS)
+        token_weights_BS = token_weights_BS.detach().float().flatten()
     x_TD, targets_T = x_BSD.flatten(0, -2), targets_BS.flatten()
     device = x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
     objective, nll_T, logsumexp_T = _LinearCrossEntropy.apply(
-        x_TD, weight_VD, targets_T, z_loss_coefficient, compiled, torch.is_grad_enabled()
+        x_TD, weight_VD, targets_T, token_weights_BS, z_loss_coefficient, torch.is_grad_enabled()
     )
     with torch.no_grad():  # the mean of all products is the product of the means
         logit_mean = x_TD.mean(0, dtype=torch.float32).dot(weight_VD.mean(0, dtype=torch.float32))
@@ -110,35 +114,41 @@ def _chunks(tokens: int, vocab_size: int, device: str) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, tokens, size))
 
 
-def _losses(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """nll_C and logsumexp_C in fp32, both 0 at ignored tokens."""
-    counted_C = targets_C != IGNORE_INDEX
+def losses_(
+    logits_CV: Tensor,
+    targets_C: Tensor,
+    weights_C: Tensor | None,
+    z_loss_coefficient: float,
+    ignored: int,
+    *,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """nll_C and logsumexp_C in fp32, both 0 at ignored tokens; with the gradient, the objective's with respect to
+    the logits takes their place. What open_lm/loss/kernel.py does in one kernel."""
+    counted_C = targets_C != ignored
     logsumexp_C = logits_CV.float().logsumexp(-1)
     target_C1 = targets_C.where(counted_C, 0)[:, None]
     target_logit_C = logits_CV.gather(-1, target_C1).squeeze(-1).float()
-    return (logsumexp_C - target_logit_C).where(counted_C, 0), logsumexp_C.where(counted_C, 0)
+    nll_C = (logsumexp_C - target_logit_C).where(counted_C, 0)
+    if with_gradient:
+        weight_C = counted_C.float() if weights_C is None else weights_C.where(counted_C, 0)
+        # d nll = softmax - onehot;  d logsumexp² = 2 logsumexp softmax
+        scale_C = (weight_C * (1 + 2 * z_loss_coefficient * logsumexp_C)).where(counted_C, 0)
+        # at ignored tokens 0 * exp(logit - 0) could be 0 * inf
+        shift_C = logsumexp_C.where(counted_C, torch.inf)
+        gradient_CV = (logits_CV - shift_C[:, None]).exp_().mul_(scale_C[:, None])
+        gradient_CV.scatter_add_(-1, target_C1, -weight_C[:, None])
+        logits_CV.copy_(gradient_CV)
+    return nll_C, logsumexp_C.where(counted_C, 0)
 
 
-def _losses_and_gradient(
-    logits_CV: Tensor, targets_C: Tensor, z_loss_coefficient: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_losses`, and the objective's gradient with respect to the logits."""
-    nll_C, logsumexp_C = _losses(logits_CV, targets_C)
-    counted_C = targets_C != IGNORE_INDEX
-    # d nll = softmax - onehot;  d logsumexp² = 2 logsumexp softmax
-    scale_C = (1 + 2 * z_loss_coefficient * logsumexp_C).where(counted_C, 0)
-    # at ignored tokens 0 * exp(logit - 0) could be 0 * inf
-    shift_C = logsumexp_C.where(counted_C, torch.inf)
-    grad_CV = (logits_CV - shift_C[:, None]).exp_().mul_(scale_C[:, None]).to(logits_CV.dtype)
-    at_target_C = (scale_C * (-nll_C).exp() - 1).where(counted_C, 0)
-    target_C1 = targets_C.where(counted_C, 0)[:, None]
-    grad_CV.scatter_(-1, target_C1, at_target_C[:, None].to(grad_CV.dtype))
-    return nll_C, logsumexp_C, grad_CV
+def find_losses(device: torch.device, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernel where it runs, else its definition."""
+    if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
+        return losses_
+    from open_lm.loss import kernel
 
-
-@functools.cache
-def _compiled(function: Callable) -> Callable:
-    return torch.compile(function, dynamic=False)
+    return kernel.losses_
 
 
 def _add_product_(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
@@ -146,7 +156,7 @@ def _add_product_(sum_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
     if sum_VD.dtype == a_VC.dtype:
         sum_VD.addmm_(a_VC, b_CD)
     elif a_VC.is_cuda:
-        sum_VD += torch.mm(a_VC, b_CD, out_dtype=torch.float32)
+        torch.addmm(sum_VD, a_VC, b_CD, out_dtype=torch.float32, out=sum_VD)
     else:
         sum_VD += a_VC @ b_CD
 
@@ -158,13 +168,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x_TD: Tensor,
         weight_VD: Tensor,
         targets_T: Tensor,
+        token_weights_T: Tensor | None,
         z_loss_coefficient: float,
-        compiled: bool,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        losses, losses_and_gradient = _losses, _losses_and_gradient
-        if compiled:
-            losses, losses_and_gradient = _compiled(losses), _compiled(losses_and_gradient)
+        losses_ = find_losses(x_TD.device, x_TD.dtype)
         with torch.autocast(x_TD.device.type, enabled=False):
             narrow_VD = weight_VD.detach().to(x_TD.dtype)
             x_TD = x_TD.detach()
@@ -175,15 +183,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_weight_VD = torch.zeros_like(narrow_VD, dtype=torch.float32)
             for chunk in _chunks(len(targets_T), len(narrow_VD), x_TD.device.type):
                 logits_CV = x_TD[chunk] @ narrow_VD.t()
-                if not with_gradient:
-                    nll_T[chunk], logsumexp_T[chunk] = losses(logits_CV, targets_T[chunk])
-                    continue
-                nll_T[chunk], logsumexp_T[chunk], grad_CV = losses_and_gradient(
-                    logits_CV, targets_T[chunk], z_loss_coefficient
-                )
-                torch.mm(grad_CV, narrow_VD, out=grad_x_TD[chunk])
-                _add_product_(grad_weight_VD, grad_CV.t(), x_TD[chunk])
-            objective = nll_T.sum() + z_loss_coefficient * logsumexp_T.square().sum()
+                weights_C = None if token_weights_T is None else token_weights_T[chunk]
+                nll_T[chunk], logsumexp_T[chunk] = losses_(
+                    logits_CV, targets_T[chunk], weights_C, z_loss_coefficient, IGNORE_INDEX,
+                    with_gradient=with_gradient,
+                )  # fmt: skip
+                if with_gradient:  # whose place was the logits'
+                    torch.mm(logits_CV, narrow_VD, out=grad_x_TD[chunk])
+                    _add_product_(grad_weight_VD, logits_CV.t(), x_TD[chunk])
+            objective_T = nll_T + z_loss_coefficient * logsumexp_T.square()
+            objective = (objective_T if token_weights_T is None else token_weights_T * objective_T).sum()
         if with_gradient:
             ctx.save_for_backward(grad_x_TD, grad_weight_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(nll_T, logsumexp_T)
