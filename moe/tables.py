@@ -27,7 +27,8 @@ from open_lm.model import count_parameters
 
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "moe" / "records"
-DOCUMENTS = ("README.md", "MOE.md", "moe/README.md")
+DATA_RECORDS = ROOT / "bench" / "records"
+DOCUMENTS = ("README.md", "MOE.md", "moe/README.md", "bench/README.md")
 MODELS = ("41m", "87m", "160m", "410m", "830m")
 
 # As printed in open_lm's MOE.md, https://github.com/mlfoundations/open_lm/blob/main/MOE.md:
@@ -50,9 +51,9 @@ SPEED = {
 }
 
 
-def read_records(name: str) -> list[dict[str, Any]]:
-    """The lines of moe/records/NAME.jsonl, oldest first; none if nothing was recorded."""
-    path = RECORDS / f"{name}.jsonl"
+def read_records(name: str, folder: Path = RECORDS) -> list[dict[str, Any]]:
+    """The lines of FOLDER/NAME.jsonl, oldest first; none if nothing was recorded."""
+    path = folder / f"{name}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -303,7 +304,81 @@ def routing() -> tuple[str, bool]:
     return f"{markdown(head, rows)}\n\n{note}", True
 
 
-TABLES = {f.__name__: f for f in (parameters, demo, quality, runs, router, flags, speed, layer, routing)}
+def reading() -> tuple[str, bool]:
+    """Our data reader beside others, from `python bench/data.py`: the newest record."""
+    record = read_records("data", DATA_RECORDS)[-1]
+    rows = []
+    for r in record["rows"]:
+        local, resume, s3 = (r.get(part, {}) for part in ("local", "resume", "s3"))
+        whole = s3 and s3["first_batch_seconds"] + s3["tokens"] / s3["tokens_per_second"]
+        values = (
+            f"{local['tokens_per_cpu_second'] / 1e6:.0f}", f"{local['first_batch_seconds']:.2f}",
+            f"{resume['first_batch_seconds']:.2f}", f"{local['peak_bytes'] / 1e6:.0f}",
+            f"{s3['first_batch_seconds']:.2f}" if s3 else "failed", f"{whole:.1f}" if s3 else "",
+        )  # fmt: skip
+        rows.append([r["reader"], *values])
+    settings = record["settings"]
+    note = (
+        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids in one shard, "
+        f"batches of {settings['batch']}, no worker processes, warm page cache, best of {settings['repeats']}; S3 is a server on "
+        f"loopback (moto), which takes part of the CPU. {record['cores']} cores, load before and after "
+        f"{record['load'][0]:.1f} and {record['load'][1]:.1f}."
+    )
+    head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
+            "S3: whole pass, s"]  # fmt: skip
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
+def tokenizing() -> tuple[str, bool]:
+    """Tokenizing beside the tokenizers library alone, from `python bench/tokenizing.py`: the fastest of each."""
+    records = read_records("tokenizing", DATA_RECORDS)
+    fastest: dict[tuple, dict] = {}
+    for r in sorted(records, key=lambda r: -r["seconds"]):
+        if r["text_bytes"] == records[-1]["text_bytes"]:
+            fastest[r["workers"], r["case"]] = r
+    names = {"library": "tokenizers alone", "local": "--engine local", "ray": "--engine ray"}
+    rows = [
+        [names[case], workers, f"{r['text_bytes'] / 1e6 / r['seconds']:.2f}", f"{r['seconds']:.1f}",
+         f"{r['load_before']:.1f}"]
+        for (workers, case), r in sorted(fastest.items())
+    ]  # fmt: skip
+    note = (
+        f"{records[-1]['text_bytes'] / 1e6:.0f} MB of text, GPT-NeoX's tokenizer, {records[-1]['cores']} cores; "
+        "each a process from its start to its end, shuffling and writing included."
+    )
+    return f"{markdown(['', 'workers', 'MB/s', 's', 'load before'], rows)}\n\n{note}", True
+
+
+def corpus() -> tuple[str, bool]:
+    """A whole corpus by both engines: bench/records/corpus.jsonl."""
+    records = read_records("corpus", DATA_RECORDS)
+    rows = [
+        [f"--engine {r['engine']}", r["workers"], f"{r['text_bytes'] / 1e6:.0f}", f"{r['tokens'] / 1e6:.1f}",
+         f"{r['seconds']:.0f}", f"{r['load']:.0f}", r["manifest_sha256"][:12]]
+        for r in records
+    ]  # fmt: skip
+    agree = len({(r["tokens"], r["manifest_sha256"]) for r in records}) == 1
+    head = ["", "workers", "MB of text", "M tokens", "s", "load", "sha256 of the manifest"]
+    return markdown(head, rows), agree
+
+
+TABLES = {
+    f.__name__: f
+    for f in (
+        parameters,
+        demo,
+        quality,
+        runs,
+        router,
+        flags,
+        speed,
+        layer,
+        routing,
+        reading,
+        tokenizing,
+        corpus,
+    )
+}
 
 
 def fill(text: str) -> str:

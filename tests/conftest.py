@@ -21,7 +21,9 @@ import torch
 
 torch.set_num_threads(2)
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # looked at where triton is imported, by whatever test is first
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # looked at where triton is imported, by whatever test is first
 
 
 def free_port() -> int:
