@@ -317,12 +317,12 @@ def reading() -> tuple[str, bool]:
             f"{s3['first_batch_seconds']:.2f}" if s3 else "failed", f"{whole:.1f}" if s3 else "",
         )  # fmt: skip
         rows.append([r["reader"], *values])
-    settings = record["settings"]
+    settings, (before, after) = record["settings"], record["load"]
     note = (
         f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids in one shard, "
-        f"batches of {settings['batch']}, no worker processes, warm page cache, best of {settings['repeats']}; S3 is a server on "
-        f"loopback (moto), which takes part of the CPU. {record['cores']} cores, load before and after "
-        f"{record['load'][0]:.1f} and {record['load'][1]:.1f}."
+        f"batches of {settings['batch']}, no worker processes, warm page cache, "
+        f"best of {settings['repeats']}. S3 is a server on loopback (moto), which takes part of the CPU. "
+        f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
             "S3: whole pass, s"]  # fmt: skip
