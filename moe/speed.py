@@ -2,7 +2,8 @@
 
     python moe/speed.py --models 41m 160m --experts 1 8 --record moe/records/speed.jsonl
 
-Each row is one run of the ordinary command on synthetic tokens: forward, backward, clipping, AdamW.
+Each row is one run of the ordinary command on synthetic tokens: forward, backward, clipping, AdamW. MFU counts
+the FLOPs that open_lm/flops.py states.
 """
 
 import json
@@ -64,9 +65,10 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
     counted = [e for e in lines if e.get("step", 0) > log_every]
     seconds = sum(e["train/batch_time"] for e in counted) / len(counted)
     run = lines[0]["run"]
-    per_gpu = [e["train/samples_per_second_per_gpu"] for e in counted]
-    return {"model": model, "experts": experts, "tokens_per_second": sum(per_gpu) / len(per_gpu),
-            "step_seconds": seconds, "batch_size": speed.batch_size, "accum_freq": speed.accum_freq,
+    mean = lambda key: sum(e[key] for e in counted) / len(counted) if key in counted[-1] else None
+    return {"model": model, "experts": experts, "tokens_per_second": mean("train/samples_per_second_per_gpu"),
+            "mfu": mean("train/mfu"), "memory_gib": mean("train/memory_gib"), "step_seconds": seconds,
+            "data_seconds": mean("train/data_time"), "batch_size": speed.batch_size, "accum_freq": speed.accum_freq,
             "extra_flags": speed.flags, "parameters": run["parameters"],
             "active_parameters": run["active_parameters"], "device": run["device"], "torch": run["torch"],
             "commit": run["commit"], "command": " ".join(command[1:])}  # fmt: skip
@@ -74,7 +76,7 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
 
 def main(speed: Speed) -> None:
     table = Table(title="Whole training steps, tokens per second and GPU")
-    for column in ("model", "experts", "ours", "published (A100)", "batch", "device"):
+    for column in ("model", "experts", "ours", "MFU", "GiB", "published (A100)", "batch", "device"):
         table.add_column(column, justify="right")
     for model in speed.models:
         for experts in speed.experts:
@@ -82,12 +84,16 @@ def main(speed: Speed) -> None:
                 try:
                     result = time_run(speed, model, experts, Path(logs))
                 except subprocess.CalledProcessError as error:
-                    table.add_row(model, str(experts), f"failed ({error.returncode})", "", "", "")
+                    table.add_row(model, str(experts), f"failed ({error.returncode})", *[""] * 5)
                     continue
             published = PUBLISHED.get(experts, {}).get(model, "")
             ours = f"{result['tokens_per_second']:,.0f}"
             batch = f"{speed.batch_size}x{speed.accum_freq}"
-            table.add_row(model, str(experts), ours, published, batch, result["device"])
+            mfu, memory = (
+                "" if result[key] is None else form.format(result[key])
+                for key, form in (("mfu", "{:.1%}"), ("memory_gib", "{:.1f}"))
+            )
+            table.add_row(model, str(experts), ours, mfu, memory, published, batch, result["device"])
             if speed.record:
                 with open(speed.record, "a", encoding="utf-8") as file:
                     file.write(json.dumps(result) + "\n")

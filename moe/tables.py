@@ -1,7 +1,7 @@
 """Tables of the documents, from the models and from the records in moe/records: nothing in them is typed.
 
 python moe/tables.py parameters    # exact counts beside the published cells; status 1 if one differs
-python moe/tables.py demo          # or quality, runs, router, speed, layer: a table of the records
+python moe/tables.py demo          # or quality, runs, router, throughput, layer …: a table of the records
 python moe/tables.py flags         # every flag of open_lm and every one of ours, and what it does
 python moe/tables.py write         # every <!-- table: NAME --> of README.md, MOE.md and moe/README.md
 python moe/tables.py check         # status 1 if a document's table is not that of the records
@@ -226,8 +226,8 @@ def field_help(group: type) -> dict[str, str]:
     return found
 
 
-def speed() -> tuple[str, bool]:
-    """The newest whole-step timing of each model and device beside the published one."""
+def throughput() -> tuple[str, bool]:
+    """Whole-step timings beside the published ones: the newest of each model, device and set of flags."""
     newest = {(r["device"], r["experts"], r["extra_flags"], r["model"]): r for r in read_records("speed")}
     rows: list[list[object]] = [
         [f"{'dense' if e == 1 else f'{e} experts'}, published (A100)", *cells] for e, cells in SPEED.items()
@@ -238,13 +238,22 @@ def speed() -> tuple[str, bool]:
             m: newest[device, experts, flags, m] for m in MODELS if (device, experts, flags, m) in newest
         }
         row[0] = f"{row[0]}, {', '.join(dict.fromkeys(r['commit'] for r in found.values()))}"
-        row += [f"{found[m]['tokens_per_second'] / 1e3:.1f}K" if m in found else "" for m in MODELS]
-        rows.append(row)
+        rows.append([*row, *(step_cell(found[m]) if m in found else "" for m in MODELS)])
     if not newest:
         return markdown(["", *MODELS], rows), True
     torches = ", ".join(dict.fromkeys(r["torch"] for r in newest.values()))
-    note = f"Ours, with the commit timed: torch {torches}, sequences of 2,048 tokens, synthetic data."
+    note = (
+        f"Ours, with the commit timed: torch {torches}, sequences of 2,048 tokens, synthetic data; in brackets the "
+        "model FLOPs utilization by open_lm/flops.py and the peak memory."
+    )
     return f"{markdown(['', *MODELS], rows)}\n\n{note}", True
+
+
+def step_cell(record: dict[str, Any]) -> str:
+    """Tokens per second, and what else was recorded."""
+    more = [f"{record['mfu']:.0%}"] if record.get("mfu") else []
+    more += [f"{record['memory_gib']:.0f} GiB"] if record.get("memory_gib") else []
+    return f"{record['tokens_per_second'] / 1e3:.1f}K" + (f" ({', '.join(more)})" if more else "")
 
 
 def layer() -> tuple[str, bool]:
@@ -371,7 +380,7 @@ TABLES = {
         runs,
         router,
         flags,
-        speed,
+        throughput,
         layer,
         routing,
         reading,
