@@ -57,8 +57,10 @@ def finish_renames(checkpoints: Path) -> None:
     """Lets a state that was complete when its save was killed take its place."""
     for waiting in checkpoints.glob(f"step_*{TEMPORARY}"):
         folder = waiting.with_name(waiting.name.removesuffix(TEMPORARY))
-        if is_state(folder) and (waiting / DIGESTS).is_file() and not (folder / DIGESTS).is_file():
-            commit(folder)
+        if is_state(folder) and not (folder / DIGESTS).is_file():
+            with contextlib.suppress(ValueError):  # not complete
+                verify(waiting)
+                commit(folder)
 
 
 def commit(folder: Path) -> None:
