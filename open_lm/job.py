@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import checkpoint
-from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring, fetch, newest
+from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring_named, fetch, newest
 from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
@@ -225,11 +225,11 @@ def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> S
     if file is None:
         file = Path(name)
         if resumes and remote and name.startswith(f"{remote.url}/{CHECKPOINTS}"):
-            file = bring(remote, folder, file.stem.removeprefix("epoch_"))
+            file = bring_named(remote, folder, file.name)
         elif not is_local(name):
             fetched_to = temporary_folder()
-            file = fetch(name, Path(fetched_to), whole=whole or bool(averagers))
-        if file is None or not file.is_file():
+            file = fetch(name, Path(fetched_to), resumes=whole, averages=bool(averagers) and not training)
+        if file is None or not file.exists():
             raise ValueError(f"{flag} {name}: no such file")
     try:
         state = checkpoint.read_state(file) if whole else None
@@ -238,7 +238,8 @@ def find_start(run: RunConfig, folder: Path, averagers: Sequence[Averager]) -> S
     if not training:
         find_averages(str(file), averagers)
     config = checkpoint.read_model_config(file)
-    return Start(name, str(file), config, state, checkpoint.saved_averages(file) if whole else (), fetched_to)
+    averages = checkpoint.averages_of_state(file) if whole else ()
+    return Start(name, str(file), config, state, averages, fetched_to)
 
 
 def find_latest(folder: Path, remote: RemoteFolder | None) -> tuple[Path | None, str]:
@@ -284,16 +285,18 @@ def find_soup(run: RunConfig, averagers: Sequence[Averager]) -> Start | None:
     paths = run.averaging.average or ()
     if not paths:
         return None
-    whole = bool(averagers) and not trains(run)
+    averages = bool(averagers) and not trains(run)
     fetched_to = None if all(map(is_local, paths)) else temporary_folder()
     files = [
         path
         if is_local(path)
-        else str(fetch(path, Path(str(fetched_to), str(number)), whole=whole and not number))
+        else str(
+            fetch(path, Path(str(fetched_to), str(number)), resumes=False, averages=averages and not number)
+        )
         for number, path in enumerate(paths)
     ]
     for path, file in zip(paths, files, strict=True):
-        if not Path(file).is_file():
+        if not Path(file).exists():
             raise ValueError(f"--average {path}: no such file")
     configs = zip(paths, map(checkpoint.read_model_config, files), strict=True)
     saved = {path: config for path, config in configs if config}
@@ -313,6 +316,10 @@ def find_soup(run: RunConfig, averagers: Sequence[Averager]) -> Start | None:
 def find_averages(path: str, averagers: Sequence[Averager]) -> None:
     """Raises ValueError where an average to evaluate has no file beside the checkpoint at `path`."""
     for averager in averagers:
+        if checkpoint.is_state(Path(path)):
+            if averager.name not in checkpoint.averages_of_state(path):
+                raise ValueError(f"--averagers {averager.name}: {path} was saved without it")
+            continue
         file = checkpoint.path_of_average(Path(path), averager.name)
         if not file.is_file():
             raise ValueError(f"--averagers {averager.name}: {path} was saved without it, there is no {file}")

@@ -187,7 +187,9 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("load", [checkpoint.load_training_state, lambda path, model, _: checkpoint.load_weights(path, model)])
+@pytest.mark.parametrize(
+    "load", [checkpoint.load_training_state, lambda path, model, _: checkpoint.load_weights(path, model)]
+)
 def test_a_file_that_would_run_code_is_refused(tmp_path, load):
     path, *_ = save(tmp_path)
     content = torch.load(path, weights_only=True)
@@ -258,7 +260,9 @@ def test_latest_is_natural_and_complete(tmp_path):
     (tmp_path / "epoch_11.pt").write_bytes((tmp_path / "epoch_10.pt").read_bytes())
     assert checkpoint.latest(tmp_path) == tmp_path / "epoch_10.pt"
     shutil.rmtree(tmp_path / "step_2")
-    with pytest.warns(UserWarning, match=r"epoch_1[01].pt is passed over: step_2, its state, is missing") as caught:
+    with pytest.warns(
+        UserWarning, match=r"epoch_1[01].pt is passed over: step_2, its state, is missing"
+    ) as caught:
         assert checkpoint.latest(tmp_path) == tmp_path / "epoch_9.pt"
     assert len(caught) == 2
     (tmp_path / "epoch_9.pt").unlink()
@@ -268,7 +272,9 @@ def test_latest_is_natural_and_complete(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
-@pytest.mark.parametrize("file", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "digests.json"])
+@pytest.mark.parametrize(
+    "file", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "digests.json"]
+)
 def test_damage_is_named_and_passed_over(tmp_path, file, how):
     first, *_ = save(tmp_path, number=1, step=1)
     second, *_ = save(tmp_path, number=2, step=2)
@@ -395,14 +401,21 @@ def test_a_missing_state_is_said(tmp_path):
     shutil.copy(path, tmp_path / "epoch_3.pt")
     checkpoint.load_training_state(tmp_path / "epoch_3.pt", *make())  # its step leads to it
     shutil.rmtree(tmp_path / "step_2")
-    with pytest.raises(ValueError, match=r"epoch_2.pt cannot be resumed: step_2, its state, is missing .*--pretrained"):
+    with pytest.raises(
+        ValueError, match=r"epoch_2.pt cannot be resumed: step_2, its state, is missing .*--pretrained"
+    ):
         checkpoint.load_training_state(path, *make())
     checkpoint.load_weights(path, make()[0])
     for part in ("optimizer", "stats"):
         torch.save({"step": 2}, tmp_path / f"{part}_2.pt")
-    with pytest.raises(ValueError, match=r"epoch_2.pt cannot be resumed: optimizer_2.pt .*older version.*--pretrained"):
+    with pytest.raises(
+        ValueError, match=r"epoch_2.pt cannot be resumed: optimizer_2.pt .*older version.*--pretrained"
+    ):
         checkpoint.load_training_state(path, *make())
-    with pytest.warns(UserWarning, match="passed over"), pytest.raises(ValueError, match=r"older version.*--pretrained"):
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ValueError, match=r"older version.*--pretrained"),
+    ):
         checkpoint.latest(tmp_path)
 
 
@@ -415,7 +428,9 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     train(model, optimizer, range(2))
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[path]) + 4096, limits[1]))
-        with pytest.raises(OSError, match=r"cannot write .*step_2.tmp/shard-00001.*\([0-9,]+ bytes\)") as error:
+        with pytest.raises(
+            OSError, match=r"cannot write .*step_2.tmp/shard-00001.*\([0-9,]+ bytes\)"
+        ) as error:
             checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -474,7 +489,9 @@ def test_the_loop_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     assert first.error is second.error is None
     assert first.stall_seconds < 0.25 < second.stall_seconds < 5
     assert first.write_seconds > 0.25
-    assert first.size == sum(p.stat().st_size for p in tmp_path.glob("step_1/*.safetensors")) - headers(tmp_path / "step_1")
+    assert first.size == sum(p.stat().st_size for p in tmp_path.glob("step_1/*.safetensors")) - headers(
+        tmp_path / "step_1"
+    )
     again, again_optimizer = make(seed=2)
     checkpoint.load_training_state(tmp_path / "epoch_1.pt", again, again_optimizer)
     assert contents(again, again_optimizer) == expected

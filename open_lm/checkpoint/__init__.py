@@ -19,7 +19,7 @@ from open_lm.checkpoint.average import load_averages, load_soup, path_of_average
 from open_lm.checkpoint.files import LATEST, latest, read, saved_averages, state_of, step_of
 from open_lm.checkpoint.fit import check_fit, or_zeros, read_weights
 from open_lm.checkpoint.saver import Save, Saver
-from open_lm.checkpoint.state import CONTENT, Shards, read_content, read_json, verify
+from open_lm.checkpoint.state import CONTENT, Shards, is_state, read_content, read_json, verify
 from open_lm.checkpoint.tensors import random_state, restore_, tensors_of
 from open_lm.parallel.gather import gather_objects, on_first_rank, spread_
 from open_lm.parallel.mesh import broadcast_object, this_rank
@@ -30,6 +30,8 @@ __all__ = [
     "LATEST",
     "Save",
     "Saver",
+    "averages_of_state",
+    "is_state",
     "latest",
     "load_averages",
     "load_soup",
@@ -164,6 +166,11 @@ def _warn_of_biases(path: Path | str, names: Sequence[str]) -> None:
 def read_state(path: Path | str) -> dict[str, Any]:
     """The `state` that `save` was given, of epoch_N.pt or the state at `path`; errors as `load_training_state`."""
     return read_content(state_of(Path(path)))["state"]
+
+
+def averages_of_state(path: Path | str) -> tuple[str, ...]:
+    """The averages saved with the state of `path`; errors as `read_state`."""
+    return tuple(read_content(state_of(Path(path)))["averages"])
 
 
 def read_step(path: Path | str) -> int:

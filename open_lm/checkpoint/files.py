@@ -58,7 +58,9 @@ def state_of(path: Path) -> Path:
             f"{path} cannot be resumed: optimizer_{label}.pt and stats_{label}.pt, which an older version wrote, are "
             "not read any more; start a new run from its weights with --pretrained"
         )
-    missing = "it does not say its step" if folder is None else f"{folder.name}, its state, is missing beside it"
+    missing = (
+        "it does not say its step" if folder is None else f"{folder.name}, its state, is missing beside it"
+    )
     raise ValueError(f"{path} cannot be resumed: {missing} (--pretrained needs only weights)")
 
 
@@ -255,7 +257,9 @@ def latest(folder: Path | str) -> Path | None:
         except ValueError as error:
             warnings.warn(f"{candidate} is passed over: {error}", stacklevel=2)
     for label, step in steps_in_use(folder).items():
-        if (best is None or (step or -1) > best[0]) and not (state_folder(folder, step or -1) / state.DIGESTS).exists():
+        if (best is None or (step or -1) > best[0]) and not (
+            state_folder(folder, step or -1) / state.DIGESTS
+        ).exists():
             about = "it cannot be read" if step is None else f"step_{step}, its state, is missing beside it"
             warnings.warn(f"{folder / f'epoch_{label}.pt'} is passed over: {about}", stacklevel=2)
     if best is not None:

@@ -233,7 +233,9 @@ class Shards:
         return set(self._parts)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        ends = [[o + n for o, n in zip(offsets, shape, strict=True)] for _, offsets, shape in self._parts[key]]
+        ends = [
+            [o + n for o, n in zip(offsets, shape, strict=True)] for _, offsets, shape in self._parts[key]
+        ]
         return tuple(max(sizes) for sizes in zip(*ends, strict=True))
 
     def dtype(self, key: str) -> torch.dtype:

@@ -136,7 +136,9 @@ class Staging:
             if int(runtime.cudaHostRegister(address, size, 1)) == 0:
                 self._release = weakref.finalize(self._memory, runtime.cudaHostUnregister, address)
             else:
-                logger.warning("%s bytes of host memory could not be page-locked: saves are slower", f"{size:,}")
+                logger.warning(
+                    "%s bytes of host memory could not be page-locked: saves are slower", f"{size:,}"
+                )
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts, in host memory once the device has done what is queued."""
