@@ -67,8 +67,6 @@ def test_a_checkpoint_that_is_passed_over_is_said(sources, trained, capsys) -> N
     assert f"step_4 is passed over: {shard} is damaged" in out
     assert "epoch_1.pt at step 2" in out
     assert "step_4 is passed over" in (trained / "run/out.log").read_text()
-    with pytest.raises(ValueError, match="is no complete state"):
-        checkpoint.load_training_state(trained / "run/checkpoints/step_9", torch.nn.Module(), None)  # pyright: ignore
 
 
 def test_what_an_older_version_wrote_is_refused(sources, trained, capsys) -> None:
