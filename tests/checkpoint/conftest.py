@@ -21,7 +21,7 @@ def write_checkpoint() -> Callable:
     `kept` is how many states between intervals stay.
     """
 
-    def write(folder: Path, label: str | None, step: int, kept: int = 2) -> None:
+    def write(folder: Path, label: str | None, step: int, *others: str, kept: int = 2) -> None:
         checkpoints = folder / "checkpoints"
         files.prepare(checkpoints)
         target = state.state_folder(checkpoints, step)
@@ -31,7 +31,7 @@ def write_checkpoint() -> Callable:
         tensors = {"model/w": weights, "average/ema_0.9_1/w": weights}
         parts = {key: ((0,) * tensor.ndim, tensor) for key, tensor in tensors.items()}
         content = {
-            "epoch": 1, "name": "run", "step": step, "tokens": step, "labels": [label] * bool(label),
+            "epoch": 1, "name": "run", "step": step, "tokens": step, "labels": [label, *others] if label else [],
             "model_config": {}, "weights": {"w": "w"}, "averages": {"ema_0.9_1": {"steps": step}}, "state": {},
         }  # fmt: skip
         name = "shard-00001-model-00001-of-00001.safetensors"
@@ -40,7 +40,9 @@ def write_checkpoint() -> Callable:
         state.write_json(waiting / state.DIGESTS, {"files": entries})
         state.commit(target)
         if label:
-            files.consolidate(target, label)
+            epoch = files.consolidate(target, label)
+            for other in others:
+                files.alias(epoch, other)
         files.tidy(checkpoints, step, kept)
 
     return write

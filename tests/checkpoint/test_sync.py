@@ -74,7 +74,7 @@ def test_what_is_copied_and_that_it_is_copied_once(remote, tmp_path, write_check
     fetched = tmp_path / "elsewhere"
     newest(again, fetched, than=-1)
     assert Sync(fetched, again, every_seconds=100).close()
-    assert calls == [], "and so does one that fetched them"
+    assert {Path(name).name for name in calls} <= {"epoch_2.pt", "ema_0.9_1_2.pt"}, "made anew of the state"
 
 
 def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, monkeypatch) -> None:
@@ -85,7 +85,7 @@ def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, mon
 
     def fail(local, name, real=remote.put):
         attempts.append(time.monotonic())
-        if len(attempts) < 8:
+        if len(attempts) < 12:
             raise OSError("no server")
         real(local, name)
 
@@ -95,8 +95,8 @@ def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, mon
         wait_for(lambda: "checkpoints/epoch_1.pt" in remote.sizes())
         assert copies.close()
     assert any("could not be copied" in message and "no server" in message for message in caplog.messages)
-    waits = [b - a for a, b in zip(attempts, attempts[2:], strict=False)]
-    assert max(waits[:5]) > 0.19, "longer after each failure"
+    waits = [b - a for a, b in zip(attempts, attempts[3:], strict=False)]
+    assert max(waits[:9]) > 0.19, "longer after each failure"
 
 
 def test_one_file_does_not_hold_up_the_others_and_a_server_is_not_asked_for_each(
@@ -193,8 +193,7 @@ def test_deletes_what_is_older_than_the_newest_copied(remote, tmp_path, write_ch
     write_checkpoint(run, "7", 7)  # of another time: not `written`
     copies = Sync(run, remote, every_seconds=1000, written=written)
     for label in ("8", "9", "10"):
-        write_checkpoint(run, label, int(label))
-        write_checkpoint(run, "latest", int(label))
+        write_checkpoint(run, label, int(label), "latest")
         written.append(label)
         copies.wake()
     assert copies.close()
