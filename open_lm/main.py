@@ -14,6 +14,7 @@ from torch import nn
 
 from open_lm import checkpoint
 from open_lm.averaging import Average
+from open_lm.checkpoint.start import remote_folder
 from open_lm.checkpoint.sync import Sync
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check, starts_from_checkpoint
@@ -21,7 +22,7 @@ from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.flops import FORMULA, peak_flops
-from open_lm.job import Job, prepare, remote_folder
+from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress

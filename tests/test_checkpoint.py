@@ -179,6 +179,40 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, spawn):
         assert contents(alone, alone_optimizer) == results[f"{kind} saved"]
 
 
+def pass_on(start, folder):
+    """Loads, trains no step, saves again: of each layout."""
+    warnings.simplefilter("error")
+    world, found = mesh.start(FSDP), {}
+    for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+        model, optimizer = make(world=world, distributed=distributed, seed=2)
+        checkpoint.load_training_state(start, model, optimizer)
+        found[kind] = contents(model, optimizer)
+        saver = checkpoint.Saver(Path(folder, kind), model=model, optimizer=optimizer)
+        assert saver.is_shared
+        saver.save({"step": 2}, number=1, labels=["1"])
+        saver.wait()
+        (done,) = saver.finished()
+        assert done.error is None
+    return found
+
+
+def test_two_ranks_to_three_to_one_and_back(tmp_path, spawn):
+    """By the thread, in both layouts; 3 experts and 64 rows divide evenly by neither."""
+    path, model, optimizer, _ = save(tmp_path / "one")
+    expected = contents(model, optimizer)
+    for ranks, start in ((2, path), (3, tmp_path / "2/fsdp/epoch_1.pt"), (2, tmp_path / "3/ddp/epoch_1.pt")):
+        for found in spawn(ranks, pass_on, str(start), str(tmp_path / str(ranks))):
+            assert found == {"ddp": expected, "fsdp": expected}
+        for kind in ("ddp", "fsdp"):
+            folder = tmp_path / str(ranks) / kind
+            assert len(list(folder.glob("step_2/*.safetensors"))) == ranks
+            again, again_optimizer = make(seed=3)
+            checkpoint.load_training_state(folder / "epoch_1.pt", again, again_optimizer)
+            assert contents(again, again_optimizer) == expected
+            whole = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
+            assert all(torch.equal(whole[n], p) for n, p in model.state_dict().items())
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -206,7 +240,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, load):
 
 def test_no_file_of_a_state_is_a_pickle(tmp_path):
     """Nor holds one: each is read by a reader that can do nothing else, and is all of what was saved."""
-    path, model, optimizer, _ = save(tmp_path)
+    _, model, optimizer, _ = save(tmp_path)
     folder, names, whole = tmp_path / "step_2", set(), contents(model, optimizer)
     for file in folder.iterdir():
         if file.suffix == ".safetensors":
@@ -214,9 +248,8 @@ def test_no_file_of_a_state_is_a_pickle(tmp_path):
         else:
             assert file.suffix == ".json"
             json.loads(file.read_text())
-        for protocol in range(6):
-            with pytest.raises(Exception):  # noqa: B017, PT011 - whatever it says
-                pickle.loads(file.read_bytes()[: 1 << 16]).x
+        with pytest.raises(Exception):  # noqa: B017 - whatever it says
+            pickle.loads(file.read_bytes())
     assert len(names) == len(whole) + 1, "every weight and moment, and the random state"
     steps = {name for name in names if name.endswith("/step")}
     tensors = load_file(next(folder.glob("*.safetensors")))
@@ -225,7 +258,7 @@ def test_no_file_of_a_state_is_a_pickle(tmp_path):
 
 
 def test_torchs_own_reader_reads_it(tmp_path):
-    path, model, *_ = save(tmp_path)
+    _, model, *_ = save(tmp_path)
     into = {f"model/{name}": torch.empty_like(p) for name, p in model.named_parameters()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -380,9 +413,8 @@ def test_killed_while_it_replaces_a_state_of_the_same_step(tmp_path, monkeypatch
         raise KilledError
 
     monkeypatch.setattr(state.os, "rename", die)
+    monkeypatch.setattr("shutil.rmtree", die)  # a kill leaves what is there
     with pytest.raises(KilledError):
-        # as a kill would, leaves what is there
-        monkeypatch.setattr("open_lm.checkpoint.saver.shutil.rmtree", die)
         checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 2})
     monkeypatch.undo()
     assert not (tmp_path / "step_2/digests.json").exists()

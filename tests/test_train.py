@@ -12,10 +12,10 @@ import torch
 
 import open_lm.model
 import open_lm.train
+from open_lm.checkpoint.state import Shards
 from open_lm.config import DataConfig, ModelFlags, MoEConfig
 from open_lm.config.resolve import resolve_model
 from open_lm.data.loader import TrainData
-from open_lm.checkpoint.state import Shards
 from open_lm.main import main
 from open_lm.model import build
 

@@ -114,7 +114,7 @@ def load_training_state(
             },
             bare,
         )
-        return folder, content, {key: (shards.shape(key), shards.dtype(key)) for key in shards.keys()}
+        return folder, content, {key: (shards.shape(key), shards.dtype(key)) for key in sorted(shards.keys())}
 
     folder, content, kinds = broadcast_object(on_first_rank(find)) or (Path(), {}, {})
     wanted: dict[str, Tensor] = {}

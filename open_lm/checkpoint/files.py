@@ -55,8 +55,8 @@ def state_of(path: Path) -> Path:
         return folder
     if (path.parent / f"optimizer_{label}.pt").exists():
         raise ValueError(
-            f"{path} cannot be resumed: optimizer_{label}.pt and stats_{label}.pt, which an older version wrote, are "
-            "not read any more; start a new run from its weights with --pretrained"
+            f"{path} cannot be resumed: optimizer_{label}.pt and stats_{label}.pt, which an older version wrote, "
+            "are not read any more; start a new run from its weights with --pretrained"
         )
     missing = (
         "it does not say its step" if folder is None else f"{folder.name}, its state, is missing beside it"

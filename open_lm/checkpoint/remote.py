@@ -159,10 +159,9 @@ class RemoteFolder:
         for bare in reversed(group(names).get(label, [])):
             for name in names[bare]:
                 self.delete(name)
-        newest, *older = self.states() or [None]
-        for step in older:
+        for step in list(self.states())[1:]:  # never the newest
             content = self.read_json(f"{CHECKPOINTS}step_{step}/{CONTENT}") or {}
-            if step != newest and label in content.get("labels", ()):
+            if label in content.get("labels", ()):
                 self.delete_state(step)
 
     def check_writable(self, folder: Path) -> None:
@@ -210,7 +209,7 @@ def signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def newest(remote: RemoteFolder, folder: Path, than: int) -> Path | None:
-    """Fetches the complete state of the highest step above `than` into the run's `folder`; its epoch_N.pt or folder.
+    """Fetches the complete state of the highest step above `than` into the run's `folder`; its epoch_N.pt, or it.
 
     None: there is none. What `bring` says holds here too.
     """
@@ -223,7 +222,7 @@ def newest(remote: RemoteFolder, folder: Path, than: int) -> Path | None:
 
 
 def bring(remote: RemoteFolder, folder: Path, step: int) -> Path | None:
-    """Fetches a state into the run's `folder`, complete or not at all, and makes its epoch_N.pt; that, or the state.
+    """Fetches a state into the run's `folder`, complete or not at all, and makes its epoch_N.pt; that, or it.
 
     None, with a warning: it is damaged there, or absent. The run's other files (logs, results) come along, so that
     they go on here: those that are missing, and logs that are longer there.

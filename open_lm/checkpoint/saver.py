@@ -259,8 +259,8 @@ def check_space(folder: Path, needed: int, step: int) -> None:
     if needed > free:
         raise OSError(
             28,
-            f"the checkpoint of step {step} needs {needed:,} bytes, and {folder} has {free:,} bytes free: nothing was "
-            "written, earlier checkpoints are unchanged",
+            f"the checkpoint of step {step} needs {needed:,} bytes, and {folder} has {free:,} bytes free: nothing "
+            "was written, earlier checkpoints are unchanged",
         )
 
 
@@ -271,7 +271,8 @@ def consolidate(folder: Path, label: str, *, large: bool) -> None:
         return
     # a signal to the whole job must not end it half-way: its parent waits for it
     script = (
-        "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "import signal, sys\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)\n"
         "from pathlib import Path; from open_lm.checkpoint import files; import torch; torch.set_num_threads(1)\n"
         "try: files.consolidate(Path(sys.argv[1]), sys.argv[2])\n"
         "except OSError as error: sys.exit(str(error))\n"

@@ -125,8 +125,8 @@ def write_json(path: Path, content: Any) -> dict[str, Any]:
 def write_shard(path: Path, parts: Mapping[str, tuple[tuple[int, ...], Tensor]]) -> dict[str, Any]:
     """{key: (offsets in the whole tensor, part on the CPU)} to disk (fsync); its entry in digests.json.
 
-    The format of torch's HuggingFaceStorageWriter(save_distributed=True), which torch's reader reads. It is not used
-    itself: it makes two further copies of all bytes, and one of them with Python's lock held, so that a loop
+    The format of torch's HuggingFaceStorageWriter(save_distributed=True), which torch's reader reads. It is not
+    used itself: it makes two further copies of all bytes, and one of them with Python's lock held, so that a loop
     beside it stands still. OSError names the file.
     """
     # the widest first, so that all are aligned in a file that is mapped
@@ -155,7 +155,8 @@ def write_shard(path: Path, parts: Mapping[str, tuple[tuple[int, ...], Tensor]])
 
 
 def _bytes(part: Tensor) -> memoryview:
-    return memoryview(part.reshape(-1).view(torch.uint8).numpy()) if part.numel() else memoryview(b"")
+    flat: Any = part.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat) if part.numel() else memoryview(b"")
 
 
 def read_json(path: Path) -> Any:

@@ -132,8 +132,8 @@ class Sync:
             self.wake()
 
     def _delete_gone(self, files: dict[str, Path], states: list[list[str]]) -> None:
-        """Deletes there the states that were deleted here: those that this object copied, and at first those between
-        intervals that an earlier process left."""
+        """Deletes there the states that were deleted here: those that this object copied, and at first those
+        between intervals that an earlier process left."""
         copied, newest = self._copied or {}, max((_step(names[-1]) for names in states), default=-1)
         gone = {_step(name) for name in copied if STATE.fullmatch(name) and name not in files}
         here = {_step(name) for name in files if STATE.fullmatch(name)}

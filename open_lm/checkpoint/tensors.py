@@ -132,7 +132,8 @@ class Staging:
             self._release = None
         self._memory = torch.empty(size, dtype=torch.uint8)
         if self.device.type == "cuda":
-            runtime, address = torch.cuda.cudart(), self._memory.data_ptr()
+            runtime: Any = torch.cuda.cudart()
+            address = self._memory.data_ptr()
             if int(runtime.cudaHostRegister(address, size, 1)) == 0:
                 self._release = weakref.finalize(self._memory, runtime.cudaHostUnregister, address)
             else:

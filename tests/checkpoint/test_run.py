@@ -130,9 +130,12 @@ def train_where_this_rank_sees_files_of_its_own(sources: list[str], folder: str,
     main(flags(sources, Path("logs"), extra))
 
 
-def test_only_the_first_host_needs_the_files(sources, tmp_path, spawn) -> None:
+@pytest.mark.parametrize("layout", ["", "--fsdp"], ids=["ddp", "fsdp"])
+def test_only_the_first_host_needs_the_files(sources, tmp_path, spawn, layout) -> None:
+    """Without a disk that all see, the first rank gathers and writes it all."""
     for extra in ("--max-steps 2", "--max-steps 4 --resume latest"):
-        spawn(2, train_where_this_rank_sees_files_of_its_own, sources, str(tmp_path), extra)
+        spawn(2, train_where_this_rank_sees_files_of_its_own, sources, str(tmp_path), f"{extra} {layout}")
+    assert len(list((tmp_path / "host_0/logs/run/checkpoints/step_4").glob("*.safetensors"))) == 1
     assert steps(tmp_path / "host_0/logs/run") == [1, 2, 3, 4]
     assert not (tmp_path / "host_1/logs").exists()
 
