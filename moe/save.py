@@ -2,8 +2,8 @@
 
     python moe/save.py --models 160m 830m --record moe/records/save.jsonl
 
-Each row is one run of the ordinary command on synthetic tokens that saves its state (weights, both moments of AdamW)
-every few steps. `stall` is what the run itself logs; `lost` is found from outside: by how much the steps between
+Each row is one run of the ordinary command on synthetic tokens that saves its state (weights, moments of AdamW)
+every few steps. `stall` is what the run itself logs; `lost` is found from outside: by how much steps between
 the beginning of a save and its end took longer than the median of the others, so that it also sees a loop which
 the writing thread slows down.
 """

@@ -82,7 +82,10 @@ class Saves:
 
     def save_state(self, reason: str) -> None:
         """Saves the state of the present step, unless it is saved; for people, `reason` says why."""
-        if self.progress.step in (self.saved_step, 0):
+        if self.progress.step == self.saved_step:
+            self.saver.wait()  # all ranks then know whether it was
+            self._report()
+        if self.progress.step == 0 or (self.progress.step == self.saved_step and self.failed is None):
             logger.info("step %d: nothing new to save (%s)", self.progress.step, reason)
             return
         logger.info("saving step %d: %s", self.progress.step, reason)
@@ -113,7 +116,7 @@ class Saves:
         }
         self.saver.save(content, number=n, labels=labels)
         self.saved_step = progress.step
-        self.due.saved()
+        self.due.saved(progress)
 
     def _report(self) -> None:
         """Logs the saves that have ended."""
@@ -124,8 +127,6 @@ class Saves:
                     "step %d could not be saved: %s; training goes on, the next save tries again",
                     save.step, save.error,
                 )  # fmt: skip
-                if self.saved_step == save.step:
-                    self.saved_step = -1
                 continue
             logger.info(
                 "saved %s at step %d: %s bytes in %.1f s, the loop waited %.2f s",
@@ -159,12 +160,12 @@ class Due:
 
     def __init__(self, options: CheckpointConfig, progress: Progress) -> None:
         self.options = options
-        self.saved()
-        self._tokens = progress.tokens  # after the step before
+        self.saved(progress)
 
-    def saved(self) -> None:
+    def saved(self, progress: Progress) -> None:
         """A save began."""
         self._time = time.monotonic()
+        self._tokens = progress.tokens  # after the step before
 
     def reason(self, progress: Progress) -> str | None:
         """Which flag; None for none. Collective with --save-every-minutes."""

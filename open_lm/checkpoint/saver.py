@@ -124,6 +124,8 @@ class Saver:
         def run() -> None:
             started = time.perf_counter()
             try:
+                if on_gpu:
+                    torch.cuda.set_device(self.staging.device)  # a thread begins on the first
                 if events:  # the device copies in its own time: what is longer than the host's is lost, too
                     events[1].synchronize()
                     on_device = events[0].elapsed_time(events[1]) / 1000
@@ -223,7 +225,8 @@ class Saver:
             if rank == 0:
                 shutil.rmtree(waiting, ignore_errors=True)
             raise
-        if rank == 0:
+
+        def finish() -> None:
             if save.labels:
                 first, *others = save.labels
                 consolidate(folder, first, large=extra > LARGE_BYTES)
@@ -231,6 +234,8 @@ class Saver:
                     files.alias(save.path, label)
             files.tidy(self.folder, save.step, self.keep)
             self.on_complete(save.labels)
+
+        self._agree(finish if rank == 0 else None)  # all ranks know whether it was saved
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
