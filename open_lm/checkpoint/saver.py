@@ -85,6 +85,8 @@ class Saver:
         self._group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
         self._waited = 0.0
         self._running: Save | None = None
+        self._thread: threading.Thread | None = None
+        self._gave_up = False
         self._finished: list[Save] = []
         if in_background and self.is_shared:
             reshard_(model)
@@ -137,7 +139,9 @@ class Saver:
             save.done.set()
 
         if self.in_background:
-            threading.Thread(target=run, name="checkpoint", daemon=True).start()
+            # a daemon: one that hangs with a rank that is gone must not keep the process alive
+            self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+            self._thread.start()
         else:
             run()
         return save
@@ -146,6 +150,7 @@ class Saver:
         """Waits for the save that is being written, if there is one; counts as its successor's stall."""
         begin = time.perf_counter()
         if self._running is not None and not self._running.done.wait(seconds):
+            self._gave_up = True
             self._running.error = OSError(f"step {self._running.step} was not written within {seconds} s")
             self._running.done.set()
         self._collect()
@@ -160,6 +165,8 @@ class Saver:
 
     def _collect(self) -> None:
         if self._running is not None:
+            if self._thread is not None and not self._gave_up:
+                self._thread.join()  # one that still runs when Python ends would abort the process
             self._finished.append(self._running)
             self._running = None
 
