@@ -14,23 +14,25 @@ from torch import nn
 
 from open_lm import checkpoint
 from open_lm.averaging import Average
-from open_lm.checkpoint.sync import Sync, delete_before
+from open_lm.checkpoint.start import remote_folder
+from open_lm.checkpoint.sync import Sync
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.check import check, starts_from_checkpoint
 from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.flops import FORMULA, peak_flops
-from open_lm.job import Job, prepare, remote_folder
+from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
-from open_lm.parallel.gather import gather_objects
+from open_lm.parallel.gather import gather_objects, on_first_rank
 from open_lm.parallel.launch import claimed_rank, find_ranks
 from open_lm.parallel.plan import parallelize
+from open_lm.saves import Saves
 from open_lm.train import train
 from open_lm.validation import evaluate_all, evaluate_average, find_owed_evaluation
 
@@ -193,8 +195,10 @@ def load_soup(job: Job, model: nn.Module) -> None:
 def load_averages(job: Job, averages: Sequence[Average], model: nn.Module, step: int) -> None:
     """The averages beside the checkpoint that is resumed; one that it lacks starts at its weights."""
     assert job.start is not None
+    file = job.start.file
     with refusing():
-        missing = checkpoint.load_averages(job.start.file, averages, model)
+        folder = mesh.broadcast_object(on_first_rank(lambda: checkpoint.state_of(Path(file))))
+        missing = checkpoint.load_averages(folder or file, averages, model)
     for name in missing:
         logger.warning(
             "--averagers %s: %s was saved without it: the average starts from the weights of step %d",
@@ -208,6 +212,9 @@ def checkpoints_before(job: Job) -> list[str]:
     folder = job.folder / "checkpoints"
     if job.start is None or job.start.state is None or Path(job.start.file).parent != folder:
         return []
+    before = list(job.start.state.get("written", []))
+    if checkpoint.is_state(Path(job.start.file)):
+        return before
     label = Path(job.start.file).stem.removeprefix("epoch_")
     before = [each for each in job.start.state.get("written", []) if each != label]
     return before if label == checkpoint.LATEST else [*before, label]
@@ -219,7 +226,13 @@ def start_sync(job: Job, written: list[str]) -> Sync | None:
     if remote is None or job.schedule is None or job.world.rank:
         return None
     deletable = written if options.delete_previous_checkpoint else None
-    return Sync(job.folder, remote, every_seconds=options.remote_sync_frequency, written=deletable)
+    return Sync(
+        job.folder,
+        remote,
+        every_seconds=options.remote_sync_frequency,
+        written=deletable,
+        keep_every=options.keep_every,
+    )
 
 
 def train_all(
@@ -233,7 +246,7 @@ def train_all(
     assert data is not None
     optimizer = make_optimizer(model, run.optim)
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
-    progress = Progress()
+    progress, extra = Progress(), {}
     if job.start and job.start.soup:
         load_soup(job, model)
     elif job.start and job.start.state is None:
@@ -243,7 +256,7 @@ def train_all(
     elif job.start:
         with refusing():
             state = checkpoint.load_training_state(job.start.file, model, optimizer)
-        progress = Progress(**state["progress"])
+        progress, extra = Progress(**state["progress"]), dict(state.get("extra", {}))
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
         logger.info("resumed %s at step %d, %d tokens", job.start.name, progress.step, progress.tokens)
@@ -268,56 +281,38 @@ def train_all(
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
         return
 
+    saves = Saves(
+        job, model, optimizer, progress, log,
+        loss_scale=loss_scale, averages=averages, extra=extra, sync=sync, written=written,
+    )  # fmt: skip
+
     def end_interval(n: int) -> None:
         last = progress.step == schedule.end_step
-        every = run.checkpoint.save_frequency
-        keep = last or (every and n % every == 0)
-        labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * run.checkpoint.save_most_recent
-        if labels:
-            state = {
-                "name": job.folder.name,
-                "step": progress.step,
-                "tokens": progress.tokens,
-                "progress": progress.to_dict(),
-                "loss_scale": loss_scale.state_dict() if loss_scale else None,
-                "data": data.fingerprint(),
-                "flags": flag_values(run),
-                "written": list(written),
-            }
-            saved = checkpoint.save(
-                folder, n, model=model, optimizer=optimizer, state=state, averages=averages, labels=labels
-            )
-            logger.info("saved %s at step %d", saved, progress.step)
-        if keep and run.checkpoint.delete_previous_checkpoint and world.is_first:
-            if str(n) in written:  # written again: it was cut short
-                written.remove(str(n))
-            written.append(str(n))
-            if sync is None:
-                delete_before(job.folder, written, str(n))
-        if labels and sync is not None:
-            sync.wake()
+        saves.end_interval(n, last)
         if job.val_data and (last or n % run.eval.val_frequency == 0):
             evaluate_interval(n)
 
-    train(
-        model,
-        optimizer,
-        data.batches(progress.step, schedule.end_step),
-        progress,
-        config=job.config,
-        optim=run.optim,
-        schedule=schedule,
-        plan=job.batch,
-        world=world,
-        log=log,
-        log_every_n_steps=run.log.log_every_n_steps,
-        log_logit_mean=run.log.log_logit_mean,
-        loss_scale=loss_scale,
-        end_interval=end_interval,
-        averages=averages,
-        averaged_loss_every=run.averaging.log_avg_model_training_loss,
-        bad_sample_limit=run.data.bad_sample_limit,
-    )
+    with saves:
+        train(
+            model,
+            optimizer,
+            data.batches(progress.step, schedule.end_step),
+            progress,
+            config=job.config,
+            optim=run.optim,
+            schedule=schedule,
+            plan=job.batch,
+            world=world,
+            log=log,
+            log_every_n_steps=run.log.log_every_n_steps,
+            log_logit_mean=run.log.log_logit_mean,
+            loss_scale=loss_scale,
+            end_interval=end_interval,
+            save_if_due=saves.if_due,
+            averages=averages,
+            averaged_loss_every=run.averaging.log_avg_model_training_loss,
+            bad_sample_limit=run.data.bad_sample_limit,
+        )
 
 
 if __name__ == "__main__":

@@ -184,6 +184,7 @@ def train(
     log_logit_mean: bool,
     loss_scale: LossScale | None,
     end_interval: Callable[[int], None],
+    save_if_due: Callable[[], None] = lambda: None,
     averages: Sequence[Average] = (),
     averaged_loss_every: int = 0,
     bad_sample_limit: int | None = None,
@@ -191,7 +192,8 @@ def train(
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
-    evaluates. A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
+    evaluates; `save_if_due()` is called after every other step.
+    A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
     RuntimeError after MAX_SKIPS such steps in a row. Between log lines nothing waits for the GPU.
     Every `averaged_loss_every` steps (0: never) the loss of the averages before the step, on its batch, is logged.
     """
@@ -259,6 +261,8 @@ def train(
             end_interval(interval)
             model.train()
             window.restart()
+        else:
+            save_if_due()
     log.end_progress()
 
 

@@ -140,8 +140,9 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     client.create_bucket(Bucket="bucket")
 
     def upload(folder: Path) -> None:
-        for path in folder.iterdir():
-            client.put_object(Bucket="bucket", Key=path.name, Body=path.read_bytes())
+        for path in filter(Path.is_file, folder.rglob("*")):
+            name = path.relative_to(folder).as_posix()
+            client.put_object(Bucket="bucket", Key=name, Body=path.read_bytes())
 
     upload.stop = server.stop
     yield upload

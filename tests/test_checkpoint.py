@@ -1,21 +1,28 @@
 """Save and load bitwise, on any number of ranks; refuse what does not fit; survive kills and full disks."""
 
 import errno
+import json
 import math
-import os
+import pickle
+import re
 import resource
+import shutil
 import signal
+import subprocess
+import sys
+import threading
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from open_lm import checkpoint, loss, optim
-from open_lm.checkpoint import files
+from open_lm.checkpoint import state
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
@@ -64,12 +71,12 @@ def contents(model, optimizer):
 def save(folder, number=1, step=2, config=SPARSE, **options):
     model, optimizer = make(config, **options)
     train(model, optimizer, range(step))
-    state = {"step": step, "name": "run", "tokens": 32, "data": {"seed": 3, "shards": ["a", "b"], "w": 0.5}}
+    content = {"step": step, "name": "run", "tokens": 32, "data": {"seed": 3, "shards": ["a", "b"], "w": 0.5}}
     return (
-        checkpoint.save(folder, number, model=model, optimizer=optimizer, state=state),
+        checkpoint.save(folder, number, model=model, optimizer=optimizer, state=content),
         model,
         optimizer,
-        state,
+        content,
     )
 
 
@@ -83,10 +90,12 @@ def test_round_trip_is_bitwise(tmp_path, precision):
     assert contents(other, other_optimizer) == expected
     assert torch.equal(torch.rand(3), noise)
 
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_1.pt", "optimizer_1.pt", "stats_1.pt"]
-    for file in tmp_path.iterdir():
-        content = torch.load(file, weights_only=True)
-        assert (content["epoch"], content["name"], content["step"]) == (1, "run", 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch_1.pt", "step_2"]
+    content = torch.load(tmp_path / "epoch_1.pt", weights_only=True)
+    assert (content["epoch"], content["name"], content["step"]) == (1, "run", 2)
+    third, third_optimizer = make(precision=precision, seed=3)
+    checkpoint.load_training_state(tmp_path / "step_2", third, third_optimizer)
+    assert contents(third, third_optimizer) == expected
     assert checkpoint.read_model_config(path) == asdict(SPARSE)
 
 
@@ -158,8 +167,7 @@ def on_two_ranks(folder):
 def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, spawn):
     _, model, optimizer, _ = save(tmp_path / "from_one")
     (tmp_path / "evil").mkdir()
-    for part in ("epoch", "optimizer", "stats"):
-        torch.save({"step": 3, "x": Evil(tmp_path / "touched")}, tmp_path / f"evil/{part}_1.pt")
+    torch.save({"step": 3, "x": Evil(tmp_path / "touched")}, tmp_path / "evil/epoch_1.pt")
     (tmp_path / "a_file").touch()
     (results, refused), (_, refused_elsewhere) = spawn(2, on_two_ranks, tmp_path)
     assert refused == refused_elsewhere == ["FileNotFoundError", "ValueError", "FileExistsError"]
@@ -171,6 +179,40 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, spawn):
         assert contents(alone, alone_optimizer) == results[f"{kind} saved"]
 
 
+def pass_on(start, folder):
+    """Loads, trains no step, saves again: of each layout."""
+    warnings.simplefilter("error")
+    world, found = mesh.start(FSDP), {}
+    for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+        model, optimizer = make(world=world, distributed=distributed, seed=2)
+        checkpoint.load_training_state(start, model, optimizer)
+        found[kind] = contents(model, optimizer)
+        saver = checkpoint.Saver(Path(folder, kind), model=model, optimizer=optimizer)
+        assert saver.is_shared
+        saver.save({"step": 2}, number=1, labels=["1"])
+        saver.wait()
+        (done,) = saver.finished()
+        assert done.error is None
+    return found
+
+
+def test_two_ranks_to_three_to_one_and_back(tmp_path, spawn):
+    """By the thread, in both layouts; 3 experts and 64 rows divide evenly by neither."""
+    path, model, optimizer, _ = save(tmp_path / "one")
+    expected = contents(model, optimizer)
+    for ranks, start in ((2, path), (3, tmp_path / "2/fsdp/epoch_1.pt"), (2, tmp_path / "3/ddp/epoch_1.pt")):
+        for found in spawn(ranks, pass_on, str(start), str(tmp_path / str(ranks))):
+            assert found == {"ddp": expected, "fsdp": expected}
+        for kind in ("ddp", "fsdp"):
+            folder = tmp_path / str(ranks) / kind
+            assert len(list(folder.glob("step_2/*.safetensors"))) == ranks
+            again, again_optimizer = make(seed=3)
+            checkpoint.load_training_state(folder / "epoch_1.pt", again, again_optimizer)
+            assert contents(again, again_optimizer) == expected
+            whole = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
+            assert all(torch.equal(whole[n], p) for n, p in model.state_dict().items())
+
+
 class Evil:
     def __init__(self, path):
         self.path = path
@@ -179,19 +221,50 @@ class Evil:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("part", files.PARTS)
-def test_a_file_that_would_run_code_is_refused(tmp_path, part):
+@pytest.mark.parametrize(
+    "load", [checkpoint.load_training_state, lambda path, model, _: checkpoint.load_weights(path, model)]
+)
+def test_a_file_that_would_run_code_is_refused(tmp_path, load):
     path, *_ = save(tmp_path)
-    content = torch.load(tmp_path / f"{part}_1.pt", weights_only=True)
-    torch.save(content | {"x": Evil(tmp_path / "touched")}, tmp_path / f"{part}_1.pt")
-    torch.load(tmp_path / f"{part}_1.pt", weights_only=False)
+    content = torch.load(path, weights_only=True)
+    torch.save(content | {"x": Evil(tmp_path / "touched")}, path)
+    torch.load(path, weights_only=False)
     (tmp_path / "touched").unlink()  # it does work
     model, optimizer = make(seed=2)
     before = contents(model, optimizer)
-    with pytest.raises(ValueError, match=rf"{part}_1.pt cannot be loaded.*could run code"):
-        checkpoint.load_training_state(path, model, optimizer)
+    with pytest.raises(ValueError, match=r"epoch_1.pt cannot be loaded.*could run code"):
+        load(path, model, optimizer)
     assert contents(model, optimizer) == before
     assert not (tmp_path / "touched").exists()
+
+
+def test_no_file_of_a_state_is_a_pickle(tmp_path):
+    """Nor holds one: each is read by a reader that can do nothing else, and is all of what was saved."""
+    _, model, optimizer, _ = save(tmp_path)
+    folder, names, whole = tmp_path / "step_2", set(), contents(model, optimizer)
+    for file in folder.iterdir():
+        if file.suffix == ".safetensors":
+            names |= load_file(file).keys()
+        else:
+            assert file.suffix == ".json"
+            json.loads(file.read_text())
+        with pytest.raises(Exception):  # noqa: B017 - whatever it says
+            pickle.loads(file.read_bytes())
+    assert len(names) == len(whole) + 1, "every weight and moment, and the random state"
+    steps = {name for name in names if name.endswith("/step")}
+    tensors = load_file(next(folder.glob("*.safetensors")))
+    assert steps
+    assert all(tensors[name].shape == () and tensors[name] == 2 for name in steps)
+
+
+def test_torchs_own_reader_reads_it(tmp_path):
+    _, model, *_ = save(tmp_path)
+    into = {f"model/{name}": torch.empty_like(p) for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(into, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path / "step_2")), no_dist=True)
+    for name, p in model.named_parameters():
+        assert torch.equal(into[f"model/{name}"], p), name
 
 
 @pytest.mark.parametrize("junk", [b"", b"PK\x03\x04 truncated", b"\x80\x02K\x01."])
@@ -203,95 +276,286 @@ def test_damaged_files_are_named(tmp_path, junk):
             checkpoint.load_weights(tmp_path / name, make()[0])
 
 
+def damage(path, how):
+    data = bytearray(path.read_bytes())
+    if how == "flipped":
+        data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) // 2] if how == "truncated" else data)
+    if how == "missing":
+        path.unlink()
+
+
 def test_latest_is_natural_and_complete(tmp_path):
     assert checkpoint.latest(tmp_path / "none") is None
     for number in (9, 10):
-        save(tmp_path, number=number, step=1)
+        save(tmp_path, number=number, step=number - 8)
     assert checkpoint.latest(tmp_path) == tmp_path / "epoch_10.pt"
     (tmp_path / "epoch_11.pt").write_bytes((tmp_path / "epoch_10.pt").read_bytes())
-    (tmp_path / "stats_10.pt").write_bytes(b"cut")
-    with pytest.warns(UserWarning, match=r"epoch_1[01].pt is passed over") as caught:
+    assert checkpoint.latest(tmp_path) == tmp_path / "epoch_10.pt"
+    shutil.rmtree(tmp_path / "step_2")
+    with pytest.warns(
+        UserWarning, match=r"epoch_1[01].pt is passed over: step_2, its state, is missing"
+    ) as caught:
         assert checkpoint.latest(tmp_path) == tmp_path / "epoch_9.pt"
     assert len(caught) == 2
+    (tmp_path / "epoch_9.pt").unlink()
+    with pytest.warns(UserWarning, match="passed over"):
+        assert checkpoint.latest(tmp_path) == tmp_path / "epoch_9.pt", "made anew of its state"
+    checkpoint.load_weights(tmp_path / "epoch_9.pt", make()[0])
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize(
+    "file", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "digests.json"]
+)
+def test_damage_is_named_and_passed_over(tmp_path, file, how):
+    first, *_ = save(tmp_path, number=1, step=1)
+    second, *_ = save(tmp_path, number=2, step=2)
+    damage(tmp_path / "step_2" / file, how)
+    model, optimizer = make(seed=2)
+    before = contents(model, optimizer)
+    named = "step_2" if file == "digests.json" else f"step_2/{file}"
+    with pytest.raises(ValueError, match=rf"{named}.*(damaged|missing|no complete|cannot be resumed)"):
+        checkpoint.load_training_state(second, model, optimizer)
+    assert contents(model, optimizer) == before
+    with pytest.warns(UserWarning, match=r"(step|epoch)_2(\.pt)? is passed over.*step_2"):
+        assert checkpoint.latest(tmp_path) == first
+    assert checkpoint.load_training_state(first, model, optimizer)["step"] == 1
+    checkpoint.load_weights(second, model)  # the weights alone are whole
+
+
+# For COUNT = 0, 1, …: a fork saves step 2 after step 1, and is killed at the call number COUNT of those that reach
+# the disk; half of what was not synced then is lost. Ends when one is not killed any more.
+KILLED = """
+import os, shutil, sys
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import test_checkpoint as here
+from open_lm import checkpoint
+from open_lm.checkpoint import state
+top = Path(sys.argv[1])
+model, optimizer = here.make()
+here.train(model, optimizer, [0])
+checkpoint.save(top / "first", 1, model=model, optimizer=optimizer, state={"step": 1})
+here.train(model, optimizer, [1])
+checkpoint.save(top / "second", 2, model=model, optimizer=optimizer, state={"step": 2})
+
+def save_and_die(folder, count):
+    saver, calls = checkpoint.Saver(folder, model=model, optimizer=optimizer), []
+    def dies(owner, name):
+        real = getattr(owner, name)
+        def call(*arguments, **options):
+            calls.append(name)
+            if len(calls) > count:
+                for path in folder.rglob("*"):
+                    lost = name == "fsync" and ".tmp" in str(path)
+                    if lost and path.is_file() and path.stat().st_size > 9:
+                        os.truncate(path, path.stat().st_size // 2)
+                os._exit(9)
+            return real(*arguments, **options)
+        setattr(owner, name, call)
+    for name in ("fsync", "rename", "replace", "unlink"):
+        dies(os, name)
+    dies(Path, "mkdir")
+    dies(state, "write_shard")
+    saver.save({"step": 2}, number=2, labels=sys.argv[3:])
+    saver.wait()
+    (done,) = saver.finished()
+    os._exit(0 if done.error is None else 1)
+
+count, code = 0, 9
+while code == 9:
+    shutil.copytree(top / "first", top / str(count))
+    child = os.fork()
+    if not child:
+        save_and_die(top / str(count), count)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    count += 1
+print(code, count)
+"""
+
+
+@pytest.mark.parametrize("labels", [["2"], []], ids=["an interval's end", "between"])
+def test_killed_at_every_stage_of_a_save(tmp_path, labels):
+    """The state before, or the whole new one."""
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED]
+    command += [str(tmp_path), str(Path(__file__).parent), *labels]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("0 "), done.stdout + done.stderr
+    expected, found = {}, []
+    for step, name in ((1, "first"), (2, "second")):
+        model, optimizer = make()
+        checkpoint.load_training_state(tmp_path / name / f"epoch_{step}.pt", model, optimizer)
+        expected[step] = contents(model, optimizer)
+    for n in range(int(done.stdout.split()[1])):
+        folder = tmp_path / str(n)
+        path = checkpoint.latest(folder)  # a warning would be an error: no damage is seen
+        again, again_optimizer = make(seed=2)
+        step = checkpoint.load_training_state(path, again, again_optimizer)["step"]
+        assert contents(again, again_optimizer) == expected[step], n
+        if step == 2:
+            assert path.name == ("epoch_2.pt" if labels else "step_2")
+        found.append(step)
+        checkpoint.save(folder, 3, model=model, optimizer=optimizer, state={"step": 3})  # no obstacle
+        assert not list(folder.glob("*.tmp"))
+    assert found == sorted(found)
+    assert found.count(1) >= 6
+    assert found.count(2) >= (4 if labels else 2)
+
+
+def test_killed_while_it_replaces_a_state_of_the_same_step(tmp_path, monkeypatch):
+    save(tmp_path, step=2)
+    model, optimizer = make(seed=5)
+
+    def die(*_, **__):
+        raise KilledError
+
+    monkeypatch.setattr(state.os, "rename", die)
+    monkeypatch.setattr("shutil.rmtree", die)  # a kill leaves what is there
+    with pytest.raises(KilledError):
+        checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 2})
+    monkeypatch.undo()
+    assert not (tmp_path / "step_2/digests.json").exists()
+    path = checkpoint.latest(tmp_path)
+    again, again_optimizer = make(seed=2)
+    checkpoint.load_training_state(path, again, again_optimizer)
+    assert contents(again, again_optimizer) == contents(model, optimizer)
 
 
 class KilledError(BaseException):
     pass
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-@pytest.mark.parametrize("overwrite", [True, False], ids=["over an older one", "the first"])
-def test_killed_between_renames(tmp_path, monkeypatch, renames, overwrite):
-    if overwrite:
-        save(tmp_path, step=1)
-    done = []
-
-    def rename(source, target, real=os.replace):
-        if len(done) == renames:
-            raise KilledError
-        done.append(real(source, target))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "replace", rename)
-        with pytest.raises(KilledError):
-            save(tmp_path, step=2)
-    path = checkpoint.latest(tmp_path)
-    model, optimizer = make(seed=2)
-    assert checkpoint.load_training_state(path, model, optimizer)["step"] == 2
-    expected, expected_optimizer = make()
-    train(expected, expected_optimizer, range(2))
-    assert contents(model, optimizer) == contents(expected, expected_optimizer)
-
-
-def test_files_of_different_steps_are_never_one_checkpoint(tmp_path):
-    save(tmp_path, number=1, step=1)
+def test_a_missing_state_is_said(tmp_path):
     path, *_ = save(tmp_path, number=2, step=2)
-    (tmp_path / "optimizer_1.pt").rename(tmp_path / "optimizer_2.pt")
-    with pytest.raises(ValueError, match=r"epoch_2.pt cannot be resumed.*'optimizer_2.pt': 1"):
+    shutil.copy(path, tmp_path / "epoch_3.pt")
+    checkpoint.load_training_state(tmp_path / "epoch_3.pt", *make())  # its step leads to it
+    shutil.rmtree(tmp_path / "step_2")
+    with pytest.raises(
+        ValueError, match=r"epoch_2.pt cannot be resumed: step_2, its state, is missing .*--pretrained"
+    ):
         checkpoint.load_training_state(path, *make())
-    with pytest.warns(UserWarning, match="is passed over") as caught:
-        assert checkpoint.latest(tmp_path) is None
-    texts = [str(warning.message) for warning in caught]
-    assert len(texts) == 2
-    assert "'optimizer_2.pt': 1" in texts[0]
-    assert "'optimizer_1.pt': None" in texts[1]
-    with pytest.raises(ValueError, match=r"optimizer_1.pt is missing .*--pretrained"):
-        checkpoint.load_training_state(tmp_path / "epoch_1.pt", *make())
-    checkpoint.load_weights(tmp_path / "epoch_1.pt", make()[0])
+    checkpoint.load_weights(path, make()[0])
+    for part in ("optimizer", "stats"):
+        torch.save({"step": 2}, tmp_path / f"{part}_2.pt")
+    with pytest.raises(
+        ValueError, match=r"epoch_2.pt cannot be resumed: optimizer_2.pt .*older version.*--pretrained"
+    ):
+        checkpoint.load_training_state(path, *make())
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(ValueError, match=r"older version.*--pretrained"),
+    ):
+        checkpoint.latest(tmp_path)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    """RLIMIT_FSIZE: a write fails in the middle of a file, as on a disk that another process fills."""
     path, *_ = save(tmp_path, step=1)
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     model, optimizer = make()
     train(model, optimizer, range(2))
     try:
-        # room for the weights, not for the moments
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["epoch_1.pt"]) + 4096, limits[1]))
-        with pytest.raises(OSError, match=r"cannot write .*optimizer_1.pt") as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[path]) + 4096, limits[1]))
+        with pytest.raises(
+            OSError, match=r"cannot write .*step_2.tmp/shard-00001.*\([0-9,]+ bytes\)"
+        ) as error:
             checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert error.value.errno == errno.EFBIG
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
     assert checkpoint.latest(tmp_path) == path
+
+
+def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    path, *_ = save(tmp_path, step=1)
+    model, optimizer = make()
+    train(model, optimizer, range(2))
+    usage = shutil.disk_usage(tmp_path)._replace(free=12_345)
+    monkeypatch.setattr("open_lm.checkpoint.saver.shutil.disk_usage", lambda _: usage)
+    saver = checkpoint.Saver(tmp_path, model=model, optimizer=optimizer)
+    saver.save({"step": 2}, number=2, labels=["2"])
+    saver.wait()
+    (done,) = saver.finished()
+    size = sum(p.nbytes for p in model.parameters())
+    needed = int(re.search(r"step 2 needs ([0-9,]+) bytes", str(done.error))[1].replace(",", ""))
+    assert 4 * size <= needed < 4.2 * size + 6000, "weights, two moments, and the weights again"
+    assert f"{tmp_path} has 12,345 bytes free" in str(done.error)
+    assert done.error.errno == errno.ENOSPC
+    assert checkpoint.latest(tmp_path) == path
+    monkeypatch.undo()
+    saver.save({"step": 2}, number=2, labels=["2"])
+    saver.wait()
+    assert checkpoint.latest(tmp_path) == tmp_path / "epoch_2.pt"
 
 
 def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     model, optimizer = make()
-    with pytest.raises(ValueError, match=r"stats_1.pt.tmp cannot be loaded"):
+    with pytest.raises(ValueError, match=r"plain JSON.*Evil"):
         checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, state={"step": 1, "x": Evil(tmp_path)})
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_loop_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
+    """What is saved is the state at the call; a second save waits for the first, and says so."""
+    model, optimizer = make()
+    train(model, optimizer, range(1))
+    expected, gate = contents(model, optimizer), threading.Event()
+    real = state.write_shard
+    monkeypatch.setattr(state, "write_shard", lambda *a: (gate.wait(20), real(*a))[1])
+    saver = checkpoint.Saver(tmp_path, model=model, optimizer=optimizer)
+    saver.save({"step": 1}, number=1, labels=["1"])
+    train(model, optimizer, range(1, 3))
+    assert saver.finished() == []
+    assert checkpoint.latest(tmp_path) is None
+    threading.Timer(0.3, gate.set).start()
+    saver.save({"step": 3}, labels=[])
+    saver.wait()
+    first, second = saver.finished()
+    assert (first.step, second.step) == (1, 3)
+    assert first.error is second.error is None
+    assert first.stall_seconds < 0.25 < second.stall_seconds < 5
+    assert first.write_seconds > 0.25
+    assert first.size == sum(p.stat().st_size for p in tmp_path.glob("step_1/*.safetensors")) - headers(
+        tmp_path / "step_1"
+    )
+    again, again_optimizer = make(seed=2)
+    checkpoint.load_training_state(tmp_path / "epoch_1.pt", again, again_optimizer)
+    assert contents(again, again_optimizer) == expected
+
+
+def headers(folder):
+    return sum(8 + int.from_bytes(p.read_bytes()[:8], "little") for p in folder.glob("*.safetensors"))
+
+
+def test_retention_between_intervals(tmp_path):
+    model, optimizer = make()
+    saver = checkpoint.Saver(tmp_path, model=model, optimizer=optimizer, keep=2)
+    for step in range(1, 8):
+        labels = {3: ["1"], 6: ["2", "latest"], 7: ["latest"]}.get(step, [])
+        saver.save({"step": step}, number=step // 3, labels=labels)
+    saver.wait()
+    assert [done.error for done in saver.finished()] == [None] * 7
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", *(f"step_{n}" for n in (3, 4, 5, 6, 7))}
+    (tmp_path / "epoch_1.pt").unlink()
+    saver.save({"step": 8}, labels=[])
+    saver.wait()
+    assert {p.name for p in tmp_path.glob("step_*")} == {f"step_{n}" for n in (5, 6, 7, 8)}
+
+
 def test_leftovers_are_cleaned_up(tmp_path):
     (tmp_path / "epoch_7.pt.tmp").write_bytes(b"half")
+    (tmp_path / "step_9.tmp").mkdir()
+    (tmp_path / "step_9.tmp/shard").write_bytes(b"half")
     (tmp_path / "mine.tmp").touch()
     save(tmp_path)
-    assert not (tmp_path / "epoch_7.pt.tmp").exists()
-    assert (tmp_path / "mine.tmp").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"mine.tmp", "epoch_1.pt", "step_2"}
 
 
 def openlm_state_dict(model, prefix=""):
@@ -323,7 +587,7 @@ def test_openlm_checkpoints_load(tmp_path, prefix):
         for (parameter, ours), theirs in zip(model.named_parameters(), source.parameters(), strict=True):
             assert torch.equal(ours, theirs), parameter
     assert checkpoint.read_model_config(tmp_path / "epoch_4.pt") is None
-    with pytest.raises(ValueError, match=r"optimizer_4.pt is missing"):
+    with pytest.raises(ValueError, match=r"epoch_4.pt cannot be resumed.*--pretrained"):
         checkpoint.load_training_state(tmp_path / "epoch_4.pt", model, optimizer)
 
 

@@ -2,21 +2,29 @@
 
 import json
 import shlex
+import shutil
+import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from open_lm import checkpoint
+from open_lm.checkpoint import state
 from open_lm.main import main
 
 
-def run(sources: list[str], logs: Path, extra: str = "") -> None:
-    main(
-        shlex.split(
-            f"--model open_lm_test_tiny --precision fp32 --data-key json --dataset-manifest {sources[0]} "
-            f"--train-num-samples 256 --global-batch-size 8 --epochs 2 --warmup 1 --lr 1e-2 --workers 0 "
-            f"--logs {logs} --name run {extra}"
-        )
+def arguments(sources: list[str], logs: Path, extra: str = "") -> list[str]:
+    return shlex.split(
+        f"--model open_lm_test_tiny --precision fp32 --data-key json --dataset-manifest {sources[0]} "
+        f"--train-num-samples 256 --global-batch-size 8 --epochs 2 --warmup 1 --lr 1e-2 --workers 0 "
+        f"--logs {logs} --name run {extra}"
     )
+
+
+def run(sources: list[str], logs: Path, extra: str = "") -> None:
+    main(arguments(sources, logs, extra))
 
 
 def results(logs: Path) -> list[dict]:
@@ -50,12 +58,134 @@ def test_one_killed_before_the_last_interval_is_made_up_too(sources, tmp_path) -
 
 
 def test_a_checkpoint_that_is_passed_over_is_said(sources, trained, capsys) -> None:
-    (trained / "run/checkpoints/optimizer_2.pt").write_text("garbage")
+    (shard,) = (trained / "run/checkpoints/step_4").glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-9] ^= 4
+    shard.write_bytes(data)
     run(sources, trained, "--resume latest")
     out = capsys.readouterr().out
-    assert "epoch_2.pt is passed over" in out
-    assert "resumed" in out
-    assert "epoch_2.pt is passed over" in (trained / "run/out.log").read_text()
+    assert f"step_4 is passed over: {shard} is damaged" in out
+    assert "epoch_1.pt at step 2" in out
+    assert "step_4 is passed over" in (trained / "run/out.log").read_text()
+
+
+def test_what_an_older_version_wrote_is_refused(sources, trained, capsys) -> None:
+    folder = trained / "run/checkpoints"
+    for step in (2, 4):
+        shutil.rmtree(folder / f"step_{step}")
+    for part in ("optimizer", "stats"):
+        torch.save({"step": 4}, folder / f"{part}_2.pt")
+    for start in ("latest", folder / "epoch_2.pt"):
+        with pytest.raises(SystemExit):
+            run(sources, trained, f"--resume {start}")
+        message = capsys.readouterr().err
+        assert "older version" in message
+        assert "--pretrained" in message
+
+
+def test_states_between_intervals(sources, tmp_path, capsys) -> None:
+    """Six steps are three, killed, and the rest, from a state that no epoch_N.pt belongs to; bitwise."""
+    whole = "--epochs 3 --train-num-samples 1024 --max-steps 6"
+    run(sources, tmp_path / "once", whole)
+    run(sources, tmp_path, f"{whole} --save-every-steps 1")
+    folder = tmp_path / "run/checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"epoch_1.pt", "step_6", "step_5", "step_4"}
+    out = capsys.readouterr().out
+    assert "saving step 5: --save-every-steps 1" in out
+    shutil.rmtree(folder / "step_6")
+    (folder / "epoch_1.pt").unlink()
+    run(sources, tmp_path, f"{whole} --resume {folder / 'step_4'}")
+    run(sources, tmp_path, f"{whole} --resume latest")
+    out = capsys.readouterr().out
+    assert f"resumed {folder}/step_4 at step 4" in out
+    assert f"resumed {folder}/epoch_1.pt at step 6" in out
+    assert tensors(folder / "step_6") == tensors(tmp_path / "once/run/checkpoints/step_6")
+    lines = list(map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines()))
+    saves = [line for line in lines if "checkpoint/stall_seconds" in line]
+    assert [line["checkpoint/step"] for line in saves] == [1, 2, 3, 4, 5, 6, 6]
+    assert all(0 < line["checkpoint/stall_seconds"] < 5 for line in saves)
+    assert all(line["checkpoint/bytes"] > 300_000 for line in saves)
+    evaluate = f"--model open_lm_test_tiny --precision fp32 --data-key json --val-data {sources[2]} --name e"
+    for path in (folder / "step_6", folder / "epoch_1.pt"):
+        main(shlex.split(f"{evaluate} --global-batch-size 8 --logs {tmp_path} --resume {path}"))
+    first, second = results(tmp_path)
+    assert first["loss"] == second["loss"]
+
+
+def tensors(folder: Path) -> dict[str, bytes]:
+    return {
+        name: tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for path in folder.glob("*.safetensors")
+        for name, tensor in load_file(path).items()
+    }
+
+
+def test_saves_by_tokens_and_minutes(sources, tmp_path, monkeypatch) -> None:
+    long = "--epochs 1 --train-num-samples 4096 --keep-last-states 9"
+    run(sources, tmp_path, f"{long} --save-every-tokens 300 --max-steps 9")
+    assert steps(tmp_path) == {3, 5, 8, 9}, "after 384, 640, 1,024 tokens of 128 a step, and the last"
+    clock = iter(range(10_000))
+    monkeypatch.setattr("open_lm.saves.time.monotonic", lambda: next(clock) * 10.0)
+    run(sources, tmp_path / "minutes", f"{long} --save-every-minutes 0.5 --max-steps 9")
+    assert len(steps(tmp_path / "minutes")) == 3
+
+
+def steps(logs: Path) -> set[int]:
+    return {int(path.name.removeprefix("step_")) for path in (logs / "run/checkpoints").glob("step_*")}
+
+
+def test_a_run_whose_last_save_fails_ends_with_an_error(sources, tmp_path, monkeypatch, capsys) -> None:
+    """A full disk, by what the file system says: a warning while there is a next save, an error at the end."""
+    real = shutil.disk_usage
+    monkeypatch.setattr("shutil.disk_usage", lambda path: real(path)._replace(free=7))
+    with pytest.raises(OSError, match=r"step 4 needs [0-9,]+ bytes, and .*checkpoints has 7 bytes free"):
+        run(sources, tmp_path)
+    assert "step 2 could not be saved" in (tmp_path / "run/out.log").read_text()
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: real(path)._replace(free=7 if next(calls) else 1 << 40)
+    )
+    with pytest.raises(OSError, match="step 4 needs"):
+        run(sources, tmp_path, "--resume latest")
+    assert steps(tmp_path) == {2}
+    monkeypatch.undo()
+    run(sources, tmp_path, "--resume latest")
+    assert "epoch_1.pt at step 2" in capsys.readouterr().out
+    assert steps(tmp_path) == {2, 4}
+
+
+def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None:
+    """An evaluation that crashes right after a save began loses nothing."""
+    real = state.write_shard
+    monkeypatch.setattr(state, "write_shard", lambda *a: (time.sleep(1), real(*a))[1])
+
+    def crash(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("open_lm.main.evaluate_all", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(sources, tmp_path, f"--val-data {sources[2]}")
+    assert steps(tmp_path) == {2}
+    checkpoint.read_state(tmp_path / "run/checkpoints/epoch_1.pt")
+
+
+def test_every_nth_is_kept(sources, tmp_path) -> None:
+    extra = "--train-num-samples 128 --epochs 7 --delete-previous-checkpoint --keep-every 3"
+    run(sources, tmp_path, f"{extra} --max-steps 5")
+    run(sources, tmp_path, f"{extra} --resume latest")
+    names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert names == {f"{name}" for n in (3, 6, 7) for name in (f"epoch_{n}.pt", f"step_{n}")}
+
+
+def test_what_is_saved_beside_the_weights(sources, trained) -> None:
+    content = json.loads((trained / "run/checkpoints/step_4/state.json").read_text())
+    saved = content["state"]
+    assert saved["progress"]["step"] == 4
+    assert saved["flags"]["epochs"] == 2
+    assert len(saved["data"]["sources"][0]["sha256"]) == 64, "the manifest's fingerprint"
+    assert content["param_groups"][0]["betas"] == [0.9, 0.95]
+    assert saved["extra"] == {}
 
 
 def test_a_fine_tuning_run_is_started_again_by_the_same_command(sources, trained, tmp_path, capsys) -> None:

@@ -1,14 +1,13 @@
-"""Checkpoints: epoch_N.pt (weights), optimizer_N.pt, stats_N.pt and an AVERAGER_N.pt for each average, whole
-tensors whatever the sharding; N is an interval's number or `latest`.
+"""Checkpoints: step_S/, all of a run's state in sharded safetensors and JSON, and made of it epoch_N.pt (whole
+weights) and an AVERAGER_N.pt for each average; N is an interval's number or `latest`.
 
-Every file holds "step", so that files of different saves are never taken for one checkpoint; nothing in a
-file is executed when it is loaded. `save` and `load_…` are collective: every rank calls them, rank 0 alone
-touches the disk, and its error is raised on every rank.
+A state is complete or absent, holds a digest of every file, and loads on any number of ranks; epoch_N.pt says the
+step of the state it belongs to. Nothing in a file is executed when it is loaded. `save` and `load_…` are
+collective; an error on one rank is raised on every rank.
 """
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +15,23 @@ import torch
 from torch import Tensor, nn
 
 from open_lm.averaging import Average
-from open_lm.checkpoint.average import (
-    gather_weights,
-    load_averages,
-    load_soup,
-    path_of_average,
-    saved_average,
-)
-from open_lm.checkpoint.files import (
-    LATEST,
-    alias,
-    all_paths,
-    latest,
-    paths_of,
-    prepare,
-    read,
-    read_training_state,
-    remove_temporaries,
-    replace,
-    saved_averages,
-    step_of,
-    temporary,
-    write,
-)
-from open_lm.checkpoint.fit import or_zeros, read_weights, tensors_of
-from open_lm.model import Transformer
-from open_lm.parallel.gather import gather, gather_objects, on_first_rank, spread_
+from open_lm.checkpoint.average import load_averages, load_soup, path_of_average
+from open_lm.checkpoint.files import LATEST, latest, read, saved_averages, state_of, step_of
+from open_lm.checkpoint.fit import check_fit, or_zeros, read_weights
+from open_lm.checkpoint.saver import Save, Saver
+from open_lm.checkpoint.state import CONTENT, Shards, is_state, read_content, read_json, verify
+from open_lm.checkpoint.tensors import random_state, restore_, tensors_of
+from open_lm.parallel.gather import gather_objects, on_first_rank, spread_
 from open_lm.parallel.mesh import broadcast_object, this_rank
 from open_lm.parallel.plan import reshard_, unwrap
 
 logger = logging.getLogger("open_lm")
 __all__ = [
     "LATEST",
-    "all_paths",
+    "Save",
+    "Saver",
+    "averages_of_state",
+    "is_state",
     "latest",
     "load_averages",
     "load_soup",
@@ -60,6 +43,7 @@ __all__ = [
     "read_step",
     "save",
     "saved_averages",
+    "state_of",
 ]
 
 
@@ -73,44 +57,16 @@ def save(
     averages: Sequence[Average] = (),
     labels: Sequence[str] = (),
 ) -> Path:
-    """Write epoch_LABEL.pt and its companions for each label (default: `number`); returns the first's path.
+    """Writes the state and epoch_LABEL.pt for each label (default: `number`) at once; the first's path. Collective.
 
-    Collective.
-
-    `state` (plain values and tensors; "step" is required; "name" and "tokens" are copied into every file)
-    comes back from `load_training_state`. All files are complete on disk before the first takes its place.
-    Raises OSError naming the file if one cannot be written: earlier checkpoints are untouched then.
+    As `Saver.save`, but raises the error: OSError naming the file if one cannot be written; earlier checkpoints
+    are untouched then.
     """
-    folder = Path(folder)
-    names = [average.name for average in averages]
-    first, *others = labels or (str(number),)
-    paths = paths_of(folder / f"epoch_{first}.pt", names)
-    header = {"epoch": number, "name": state.get("name", "")}
-    header |= {"step": state["step"], "tokens": state.get("tokens")}
-    reshard_(model)
-    bare = unwrap(model)
-    model_config = asdict(bare.config)
-
-    def put(part: str, content: dict[str, Any]) -> None:
-        on_first_rank(lambda: write(temporary(paths[part]), header | content))
-
-    on_first_rank(lambda: prepare(folder))
-    try:
-        weights = gather_weights(bare)
-        put("epoch", {"state_dict": weights, "model_config": model_config, "averagers": names})
-        del weights  # one copy at a time on rank 0
-        for average in averages:
-            put(average.name, saved_average(bare, average) | {"model_config": model_config})
-        put("optimizer", {"optimizer": _gather_optimizer(bare, optimizer)})
-        put("stats", {"state": state, "rng": gather_objects(_rng())})
-    except BaseException:
-        if this_rank() == 0:
-            remove_temporaries(folder)
-        raise
-    on_first_rank(lambda: replace(paths))
-    for label in others:
-        on_first_rank(lambda label=label: alias(paths["epoch"], label))
-    return paths["epoch"]
+    saver = Saver(folder, model=model, optimizer=optimizer, averages=averages, in_background=False)
+    done = saver.save(state, number=number, labels=labels or (str(number),))
+    if done.error is not None:
+        raise done.error
+    return done.path
 
 
 def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
@@ -128,38 +84,97 @@ def load_weights(path: Path | str, model: nn.Module) -> dict[str, Any]:
         spread_(tensor, or_zeros(weights, name, tensor) if loaded else None)
     new = [name for name, _ in bare.named_buffers() if loaded and name not in weights]
     if new:
-        logger.warning(
-            "%s was trained without --moe-balance bias: the routers' biases start at 0 (%s …)", path, new[0]
-        )
+        _warn_of_biases(path, new)
     return broadcast_object(rest)
 
 
 def load_training_state(
     path: Path | str, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Weights, moments and random state of epoch_N.pt and its companions; returns the saved `state`. Collective.
+    """Weights, moments and random state that epoch_N.pt, or the state at `path`, belongs to; returns the `state` it
+    was saved with. Collective.
 
-    Any number of ranks may load what any number saved. Hyperparameters (betas, decay) stay `optimizer`'s:
-    flags win. Random state is restored if the number of ranks is the same. Raises ValueError if files are
-    missing or of different steps.
+    Any number of ranks, in any layout, may load what any number saved. Hyperparameters (betas, decay) stay
+    `optimizer`'s: flags win. Random state is restored if the number of ranks is the same. Raises ValueError if
+    the state is missing, damaged (naming the file) or does not fit; then nothing is changed.
     """
-    loaded = on_first_rank(lambda: read_training_state(Path(path)))
-    load_weights(path, model)
-    moments, state, rng = loaded if loaded else ({}, {}, [])
-    _spread_optimizer_(unwrap(model), optimizer, moments)
-    state, rng = broadcast_object((state, rng))
-    if len(rng) == len(gather_objects(None)):
-        _set_rng(rng[this_rank()])
-    return state
+    reshard_(model)
+    bare = unwrap(model)
+
+    def find() -> tuple[Path, dict[str, Any], dict[str, tuple]]:
+        folder = state_of(Path(path))
+        content, shards = read_content(folder), Shards(folder)
+        weights = shards.named("model/")
+        aliases = bare.state_dict(keep_vars=True).keys() - tensors_of(bare).keys()
+        check_fit(
+            folder,
+            {
+                name: shards.whole(key) if name in aliases else torch.empty(shards.shape(key), device="meta")
+                for name, key in weights.items()
+            },
+            bare,
+        )
+        return folder, content, {key: (shards.shape(key), shards.dtype(key)) for key in sorted(shards.keys())}
+
+    folder, content, kinds = broadcast_object(on_first_rank(find)) or (Path(), {}, {})
+    wanted: dict[str, Tensor] = {}
+    new = []
+    for name, tensor in tensors_of(bare).items():
+        if f"model/{name}" in kinds:
+            wanted[f"model/{name}"] = tensor.detach()
+        else:
+            new.append(name)
+            tensor.detach().zero_()
+    if new:
+        _warn_of_biases(path, new)
+    optimizer.state.clear()
+    parameters = dict(bare.named_parameters())
+    for key, (shape, dtype) in kinds.items():
+        part, name, *rest = key.split("/")
+        if part == "optimizer" and name in parameters:
+            parameter = parameters[name]
+            if shape == parameter.shape:  # sharded as its parameter is
+                value = torch.empty_like(parameter, requires_grad=False)  # of its dtype, too
+            else:
+                value = torch.empty(shape, dtype=dtype, device=parameter.device)
+            optimizer.state[parameter][rest[0]] = wanted[key] = value
+    restore_(folder, wanted)
+    if content["world_size"] == len(gather_objects(None)):
+        _restore_random(folder)
+    return content["state"]
+
+
+def _restore_random(folder: Path) -> None:
+    """Every rank's own generators. Collective."""
+    states = {key: state for ranks in gather_objects(random_state()) for key, state in ranks.items()}
+    saved = broadcast_object(on_first_rank(lambda: list(Shards(folder).keys())))
+    states = {key: state for key, state in states.items() if key in (saved or ())}
+    restore_(folder, states)
+    mine = f"random/{this_rank()}/"
+    if f"{mine}cpu" in states:
+        torch.set_rng_state(states[f"{mine}cpu"])
+    if f"{mine}cuda" in states:
+        torch.cuda.set_rng_state(states[f"{mine}cuda"])
+
+
+def _warn_of_biases(path: Path | str, names: Sequence[str]) -> None:
+    logger.warning(
+        "%s was trained without --moe-balance bias: the routers' biases start at 0 (%s …)", path, names[0]
+    )
 
 
 def read_state(path: Path | str) -> dict[str, Any]:
-    """The `state` that `save` was given, of epoch_N.pt at `path`; errors as for `load_training_state`."""
-    return read_training_state(Path(path))[1]
+    """The `state` that `save` was given, of epoch_N.pt or the state at `path`; errors as `load_training_state`."""
+    return read_content(state_of(Path(path)))["state"]
+
+
+def averages_of_state(path: Path | str) -> tuple[str, ...]:
+    """The averages saved with the state of `path`; errors as `read_state`."""
+    return tuple(read_content(state_of(Path(path)))["averages"])
 
 
 def read_step(path: Path | str) -> int:
-    """Steps done when epoch_N.pt was written; -1 if it does not say."""
+    """Steps done when epoch_N.pt, or the state at `path`, was written; -1 if it does not say."""
     step = step_of(Path(path))
     return -1 if step is None else step
 
@@ -167,52 +182,7 @@ def read_step(path: Path | str) -> int:
 def read_model_config(path: Path | str) -> dict[str, Any] | None:
     """asdict(ModelConfig) of the run that wrote `path`; None if the file does not say (open_lm's do not)."""
     path = Path(path)
+    if path.is_dir():
+        verify(path)
+        return read_json(path / CONTENT)["model_config"]
     return None if path.suffix == ".safetensors" else read(path).get("model_config")
-
-
-def _gather_optimizer(bare: Transformer, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """{"state": {parameter name: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": […names…]}."""
-    names = {parameter: name for name, parameter in bare.named_parameters()}
-    state = {
-        name: {key: gather(value) for key, value in optimizer.state[parameter].items()}
-        for parameter, name in names.items()
-        if optimizer.state.get(parameter)
-    }
-    groups = [
-        {k: v for k, v in group.items() if k not in ("params", "param_names")}
-        | {"params": [names[p] for p in group["params"]]}
-        for group in optimizer.param_groups
-    ]
-    return {"state": state, "param_groups": groups}
-
-
-def _spread_optimizer_(
-    bare: Transformer, optimizer: torch.optim.Optimizer, moments: dict[str, dict[str, Tensor]]
-) -> None:
-    """Sets `optimizer`'s state from {name: {key: whole tensor}}, which only rank 0 has."""
-    kinds = broadcast_object(
-        {name: {key: (v.shape, v.dtype) for key, v in entry.items()} for name, entry in moments.items()}
-    )
-    optimizer.state.clear()
-    for name, parameter in bare.named_parameters():
-        state = {}
-        for key, (shape, dtype) in kinds.get(name, {}).items():
-            if shape == parameter.shape:  # sharded as its parameter is
-                state[key] = torch.empty_like(parameter, requires_grad=False)  # of its dtype, too
-            else:
-                state[key] = torch.empty(shape, dtype=dtype, device=parameter.device)
-            spread_(state[key], moments.get(name, {}).get(key))
-        if state:
-            optimizer.state[parameter] = state
-
-
-def _rng() -> dict[str, Tensor]:
-    """The state of this rank's torch generators."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state()} | cuda
-
-
-def _set_rng(state: dict[str, Tensor]) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

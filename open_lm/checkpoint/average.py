@@ -9,47 +9,42 @@ from torch import Tensor, nn
 
 from open_lm.averaging import Average
 from open_lm.checkpoint.files import paths_of, read
-from open_lm.checkpoint.fit import or_zeros, read_weights, tensors_of
+from open_lm.checkpoint.fit import or_zeros, read_weights
+from open_lm.checkpoint.state import read_content
+from open_lm.checkpoint.tensors import restore_, tensors_of
 from open_lm.config.averaging import Averager
 from open_lm.model import Transformer
-from open_lm.parallel.gather import gather, on_first_rank, spread_
+from open_lm.parallel.gather import on_first_rank, spread_
 from open_lm.parallel.mesh import broadcast_object
 from open_lm.parallel.plan import reshard_, unwrap
 
 
-def gather_weights(bare: Transformer, average: Average | None = None) -> dict[str, Tensor]:
-    """The whole state dict on rank 0, of the weights or of their average. Collective."""
-    held = bare.state_dict(keep_vars=True)
-    sources = {id(tensor): tensor for tensor in held.values()}  # tied weights are gathered, and stored, once
-    if average is not None:
-        sources |= {id(p): average.weights[name] for name, p in average.parameters.items()}
-    whole = {key: gather(tensor) for key, tensor in sources.items()}
-    return {name: whole[id(tensor)] for name, tensor in held.items()}
-
-
-def saved_average(bare: Transformer, average: Average) -> dict[str, Any]:
-    """What AVERAGER_N.pt holds, by open_lm's keys. Collective."""
+def facts_of(average: Average) -> dict[str, Any]:
+    """What AVERAGER_N.pt holds beside the weights, by open_lm's keys; and the steps seen."""
     averager = average.averager
     parameters = {"ema": "gamma", "poly": "eta"}
     return {
         **average.counters(),
         "freq": averager.freq,
-        "av_model_sd": gather_weights(bare, average),
         "method": averager.method,
         "eta": None,
         "gamma": None,
         parameters[averager.method]: averager.parameter,
+        "steps": average.steps,
     }
 
 
 def load_averages(path: Path | str, averages: Sequence[Average], model: nn.Module) -> list[str]:
-    """Fill each average from its file (ours or open_lm's) beside epoch_N.pt at `path`. Collective.
+    """Fill each average from its file (ours or open_lm's) beside epoch_N.pt at `path`, or from the state at `path`.
+    Collective.
 
     Returns the names of those that have no file: they stay as they are. Raises ValueError if a file is of
     another step or another averager, or does not fit `model`.
     """
     reshard_(model)
     bare, missing = unwrap(model), []
+    if broadcast_object(Path(path).is_dir()):
+        return _restore(Path(path), averages)
     for average in averages:
         loaded = on_first_rank(lambda average=average: _read_average(Path(path), average.averager, bare))
         weights, steps = loaded if loaded else ({}, None)
@@ -61,6 +56,16 @@ def load_averages(path: Path | str, averages: Sequence[Average], model: nn.Modul
         for name, tensor in average.weights.items():
             spread_(tensor, weights.get(name))
     return missing
+
+
+def _restore(folder: Path, averages: Sequence[Average]) -> list[str]:
+    """`load_averages` from a state."""
+    saved: dict[str, Any] = broadcast_object(on_first_rank(lambda: read_content(folder)["averages"])) or {}
+    found = [average for average in averages if average.name in saved]
+    for average in found:
+        restore_(folder, {f"average/{average.name}/{name}": t for name, t in average.weights.items()})
+        average.steps = saved[average.name]["steps"]
+    return [average.name for average in averages if average.name not in saved]
 
 
 def _read_average(epoch: Path, averager: Averager, bare: Transformer) -> tuple[dict[str, Tensor], int] | None:

@@ -1,4 +1,4 @@
-"""The files of a checkpoint on disk: written atomically, read without executing anything. One process."""
+"""epoch_N.pt and AVERAGER_N.pt: whole weights for people and for open_lm, made of a state's shards. One process."""
 
 import contextlib
 import errno
@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-PARTS = ("optimizer", "stats", "epoch")  # the order of the renames: where the epoch is, the others are
+from open_lm.checkpoint import state
+from open_lm.checkpoint.state import Shards, read_content, state_folder, states
+
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
-# Every file of a checkpoint: its part (of an average, its name, such as ema_0.99_1) and label.
-FILE = re.compile(r"(epoch|optimizer|stats|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
+# Every file of weights: its part (of an average, its name, such as ema_0.99_1) and label.
+FILE = re.compile(r"(epoch|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
+OLD_STATE = re.compile(r"(optimizer|stats)_(\d+|latest)\.pt")  # of earlier versions
 
 
 def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
-    """The files of epoch_N.pt in the order of the renames: averages, optimizer, stats, itself.
+    """The files of weights of epoch_N.pt in the order of their renames: averages, itself.
 
     Raises ValueError if it is named otherwise.
     """
@@ -29,24 +31,89 @@ def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
         raise ValueError(
             f"{epoch} is not named epoch_N.pt: to start from its weights alone, use --pretrained"
         )
-    return {part: epoch.with_name(f"{part}_{match[2]}.pt") for part in (*averagers, *PARTS)}
-
-
-def all_paths(epoch: Path) -> dict[str, Path]:
-    """`paths_of` with the averages that epoch_N.pt was saved with."""
-    return paths_of(epoch, saved_averages(epoch))
+    return {part: epoch.with_name(f"{part}_{match[2]}.pt") for part in (*averagers, "epoch")}
 
 
 def saved_averages(epoch: Path) -> tuple[str, ...]:
-    """The names of the averages that epoch_N.pt, or its temporary file, was saved with; none if unreadable."""
+    """The names of the averages that epoch_N.pt was saved with; none if unreadable."""
     try:
         return tuple(read(epoch).get("averagers", ()))
     except (OSError, ValueError):
         return ()
 
 
+def state_of(path: Path) -> Path:
+    """The state that epoch_N.pt was made of, beside it; a state's own folder stays as it is.
+
+    Raises ValueError, naming --pretrained, where it is missing or the file is not of this program.
+    """
+    if path.is_dir():
+        return path
+    step, label = read(path).get("step"), next(iter(FILE.findall(path.name)), (None, ""))[1]
+    folder = state_folder(path.parent, step) if isinstance(step, int) else None
+    if folder is not None and (folder / state.DIGESTS).is_file():
+        return folder
+    if (path.parent / f"optimizer_{label}.pt").exists():
+        raise ValueError(
+            f"{path} cannot be resumed: optimizer_{label}.pt and stats_{label}.pt, which an older version wrote, "
+            "are not read any more; start a new run from its weights with --pretrained"
+        )
+    missing = (
+        "it does not say its step" if folder is None else f"{folder.name}, its state, is missing beside it"
+    )
+    raise ValueError(f"{path} cannot be resumed: {missing} (--pretrained needs only weights)")
+
+
+def consolidate(folder: Path, label: str) -> Path:
+    """Makes epoch_LABEL.pt and its averages' files of a state; returns the former, which is renamed last.
+
+    Raises OSError naming the file.
+    """
+    content, shards = state.read_json(folder / state.CONTENT), Shards(folder)
+    averages = content["averages"]
+    paths = paths_of(folder.parent / f"epoch_{label}.pt", averages)
+    header = {key: content[key] for key in ("epoch", "name", "step", "tokens")}
+    header["model_config"] = content["model_config"]
+
+    def weights(prefix: str, fallback: str) -> dict[str, torch.Tensor]:
+        keys, others = shards.named(prefix), shards.named(fallback)
+        whole = {name: shards.whole(key) for name, key in (others | keys).items()}
+        return {alias: whole[name] for alias, name in content["weights"].items()}
+
+    model, last = "model/", {"averagers": list(averages)}
+    try:
+        for name, facts in averages.items():
+            sums = {"av_model_sd": weights(f"average/{name}/", model)}
+            write(temporary(paths[name]), header | {k: v for k, v in facts.items() if k != "steps"} | sums)
+        write(temporary(paths["epoch"]), header | last | {"state_dict": weights(model, model)})
+    except BaseException:
+        for path in paths.values():
+            temporary(path).unlink(missing_ok=True)
+        raise
+    replace(paths)
+    return paths["epoch"]
+
+
+def finish(folder: Path) -> Path:
+    """Makes what a killed save had not made of a state; its epoch_N.pt, or `folder` where it belongs to none."""
+    content = state.read_json(folder / state.CONTENT)
+    found = None
+    for label in content["labels"]:
+        epoch = folder.parent / f"epoch_{label}.pt"
+        step = step_of(epoch)
+        if step is None or step < content["step"]:
+            try:
+                consolidate(folder, label)
+            except OSError as error:  # nothing depends on it
+                warnings.warn(str(error), stacklevel=2)
+                continue
+        if step is None or step <= content["step"]:
+            found = found or epoch
+    return found or folder
+
+
 def group(names: Iterable[str]) -> dict[str, list[str]]:
-    """{label: its files' names, epoch_N.pt last} of the names that are checkpoints' files, finished ones alone."""
+    """{label: its files' names, epoch_N.pt last} of the names that are files of weights, finished ones alone."""
     groups: dict[str, list[str]] = {}
     for name in sorted(names, key=lambda name: name.startswith("epoch_")):
         if match := FILE.fullmatch(name):
@@ -55,16 +122,40 @@ def group(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def delete(folder: Path, label: str) -> None:
-    """Remove every file of a checkpoint, epoch_N.pt first: what is left of a killed removal is no checkpoint."""
+    """Removes a checkpoint: epoch_N.pt first, its averages, and its state unless another label's file is of it."""
+    step = step_of(folder / f"epoch_{label}.pt")
     for name in reversed(group(path.name for path in folder.glob("*.pt")).get(label, [])):
         (folder / name).unlink(missing_ok=True)
+    if step is not None and step not in steps_in_use(folder).values():
+        state.delete(state_folder(folder, step))
+
+
+def steps_in_use(folder: Path) -> dict[str, int | None]:
+    """{label: the step of its epoch_N.pt}."""
+    found = (FILE.fullmatch(path.name) for path in folder.glob("epoch_*.pt"))
+    return {match[2]: step_of(folder / match[0]) for match in found if match}
+
+
+def tidy(folder: Path, step: int, keep: int) -> None:
+    """After the state of `step` is complete: removes states of earlier steps that no file of weights belongs to any
+    more, and those between intervals but for the newest `keep`."""
+    in_use, between = set(steps_in_use(folder).values()), 0
+    for path in states(folder):
+        number = int(path.name.removeprefix("step_"))
+        try:
+            labels = state.read_json(path / state.CONTENT)["labels"]
+        except (ValueError, KeyError):
+            continue  # damaged: not ours to judge
+        between += not labels
+        if number < step and number not in in_use and (labels or between > keep):
+            state.delete(path)
 
 
 def alias(epoch: Path, label: str) -> None:
-    """Give a complete checkpoint a second label, atomically; no second copy where the disk has hard links."""
-    sources = all_paths(epoch)
-    paths = paths_of(epoch.with_name(f"epoch_{label}.pt"), saved_averages(epoch))
-    for part, source in sources.items():
+    """Gives files of weights a second label, atomically; no second copy where the disk has hard links."""
+    averages = saved_averages(epoch)
+    paths = paths_of(epoch.with_name(f"epoch_{label}.pt"), averages)
+    for part, source in paths_of(epoch, averages).items():
         target = temporary(paths[part])
         target.unlink(missing_ok=True)
         try:
@@ -80,16 +171,13 @@ def temporary(path: Path) -> Path:
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, and remove what a killed save left in it."""
+    """Makes the folder, and removes what a killed save left in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OSError(e.errno, f"cannot make the checkpoint folder {folder}: {e.strerror}") from e
-    remove_temporaries(folder)
-
-
-def remove_temporaries(folder: Path) -> None:
-    """Remove unfinished files."""
+    state.finish_renames(folder)
+    state.remove_temporaries(folder)
     for path in folder.glob("*_*.pt.tmp"):
         if FILE.fullmatch(path.stem):
             path.unlink(missing_ok=True)
@@ -128,11 +216,7 @@ def replace(paths: dict[str, Path]) -> None:
             os.replace(temporary(paths[part]), paths[part])
         except OSError as e:
             raise OSError(e.errno, f"cannot replace {paths[part]}: {e.strerror}") from e
-    descriptor = os.open(paths["epoch"].parent, os.O_RDONLY)
-    # renames survive a power cut once their folder is on disk; some network file systems cannot promise it
-    with contextlib.suppress(OSError):
-        os.fsync(descriptor)
-    os.close(descriptor)
+    state.sync_folder(paths["epoch"].parent)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -156,77 +240,43 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_training_state(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any], list]:
-    """(Moments, state, random state of each rank) of epoch_N.pt's companions.
-
-    Raises ValueError if one is missing, of another step, or not written by `save`.
-    """
-    paths, files = all_paths(path), {}
-    for part, file in paths.items():
-        if not file.exists():
-            raise ValueError(
-                f"{path} cannot be resumed: {file.name} is missing (--pretrained needs only weights)"
-            )
-        files[part] = read(file)
-    steps = {paths[part].name: files[part].get("step") for part in paths}
-    if len(set(steps.values())) != 1 or None in steps.values():
-        raise ValueError(f"{path} cannot be resumed: its files must be of one step, but have {steps}")
-    try:
-        return files["optimizer"]["optimizer"]["state"], files["stats"]["state"], files["stats"]["rng"]
-    except KeyError:
-        raise ValueError(f"{path} is of another program: use --pretrained for its weights alone") from None
-
-
 def latest(folder: Path | str) -> Path | None:
-    """The complete epoch_N.pt or epoch_latest.pt of the highest step; None if there is none.
+    """The newest complete state: its epoch_N.pt or epoch_latest.pt, or its folder; None if there is none.
 
-    Complete: its files are all there and of one step. Finishes a save that was killed between its renames;
-    warns of a checkpoint it passes over. For one rank.
+    Finishes a save that was killed when its state was complete; warns of what it passes over: a state with a
+    damaged file, an epoch_N.pt that is newer than its state. For one rank. Raises ValueError where a run of an
+    earlier version lies there, which would otherwise be begun anew.
     """
     folder = Path(folder)
-    found = (FILE.fullmatch(path.name.removesuffix(".tmp")) for path in folder.glob("epoch_*"))
-    labels = {match[2] for match in found if match and match[1] == "epoch"}
-    numbers = sorted(labels - {LATEST}, key=int, reverse=True)
-    best: tuple[int, Path] | None = None
-    for candidates in (numbers, labels & {LATEST}):
-        newest = next(_complete(folder, candidates), None)
-        if newest is not None and (best is None or newest[0] > best[0]):
-            best = newest
-    return best and best[1]
-
-
-def _complete(folder: Path, labels: Iterable[str]) -> Iterator[tuple[int, Path]]:
-    """(Step, epoch_N.pt) of the checkpoints that are complete."""
-    for label in labels:
-        epoch = folder / f"epoch_{label}.pt"
-        _finish_renames(epoch)
-        paths = all_paths(epoch)
-        steps = {path.name: step_of(path) for path in paths.values()}
-        (step, *others) = set(steps.values())
-        if step is not None and not others:
-            yield step, paths["epoch"]
-        elif paths["epoch"].exists():
-            warnings.warn(
-                f"{paths['epoch']} is passed over: its files must be of one step, but have {steps}",
-                stacklevel=4,
-            )
-
-
-def _finish_renames(epoch: Path) -> None:
-    """Completes a save that was killed after everything was written."""
-    paths = paths_of(epoch, saved_averages(temporary(epoch)))  # renamed last: while others wait, it does
-    waiting = [part for part in paths if temporary(paths[part]).exists()]
-    files = [temporary(paths[part]) if part in waiting else paths[part] for part in paths]
-    steps = {step_of(file) for file in files}
-    if waiting and len(steps) == 1 and None not in steps:
-        for part in waiting:
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                os.replace(temporary(paths[part]), paths[part])
+    state.finish_renames(folder)
+    best = None
+    for candidate in states(folder):
+        try:
+            best = read_content(candidate)["step"], candidate
+            break
+        except ValueError as error:
+            warnings.warn(f"{candidate} is passed over: {error}", stacklevel=2)
+    for label, step in steps_in_use(folder).items():
+        if (best is None or (step or -1) > best[0]) and not (
+            state_folder(folder, step or -1) / state.DIGESTS
+        ).exists():
+            about = "it cannot be read" if step is None else f"step_{step}, its state, is missing beside it"
+            warnings.warn(f"{folder / f'epoch_{label}.pt'} is passed over: {about}", stacklevel=2)
+    if best is not None:
+        return finish(best[1])
+    if old := next((path for path in folder.glob("*.pt") if OLD_STATE.fullmatch(path.name)), None):
+        raise ValueError(
+            f"--resume latest: {old} was written by an older version and is not read any more: start a new run, "
+            "under another --name, from the weights beside it with --pretrained"
+        )
+    return None
 
 
 def step_of(path: Path) -> int | None:
-    """The step that a file is of; None if it is missing, broken or does not say."""
+    """The step that a file, or a state's folder, is of; None if it is missing, broken or does not say."""
     try:
-        return read(path).get("step")
+        with contextlib.suppress(KeyError):
+            return state.read_json(path / state.CONTENT)["step"] if path.is_dir() else read(path).get("step")
     except (OSError, ValueError):
-        return None
+        pass
+    return None

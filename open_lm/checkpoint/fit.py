@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from open_lm.checkpoint.files import read
+from open_lm.checkpoint.state import CONTENT, Shards, read_json, verify
+from open_lm.checkpoint.tensors import tensors_of
 from open_lm.model import Transformer
 
 # What other writers call our parameters: wrappers' prefixes; the second name open_lm's gelu FFN has.
@@ -23,10 +25,16 @@ NO_WEIGHTS = r".*\.pos_embed\.inv_freq"  # open_lm's rotary tables
 
 def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(Weights by `model`'s names, what else the file holds) of epoch_N.pt, an average's NAME_N.pt, a bare state
-    dict or .safetensors.
+    dict, .safetensors or a state's folder.
 
     Raises ValueError if they do not fit `model`, or the file cannot be read without executing it.
     """
+    if path.is_dir():
+        verify(path)
+        shards, content = Shards(path), read_json(path / CONTENT)
+        weights = {name: shards.whole(key) for name, key in shards.named("model/").items()}
+        check_fit(path, weights, model)
+        return weights, {key: content[key] for key in ("epoch", "name", "step", "tokens", "model_config")}
     content = _read_safetensors(path) if path.suffix == ".safetensors" else read(path)
     key = next((key for key in ("state_dict", "av_model_sd") if key in content), None)
     weights = content if key is None else content[key]
@@ -36,11 +44,6 @@ def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dic
     weights = rename(weights)
     check_fit(path, weights, model)
     return weights, rest
-
-
-def tensors_of(model: Transformer) -> dict[str, Tensor]:
-    """What a checkpoint fills, by name: the parameters, tied ones once, and the buffers."""
-    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def or_zeros(weights: dict[str, Tensor], name: str, like: Tensor) -> Tensor:

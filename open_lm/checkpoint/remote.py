@@ -1,39 +1,33 @@
 """A run's folder behind a URL (s3:// or whatever fsspec knows, a path too). One process: rank 0's.
 
-Complete or absent there as here: of a checkpoint the companions come first and epoch_N.pt last. Where its
-names are taken (epoch_latest.pt, an interval that was cut short), all files are put under NAME.tmp first and
-renamed then, so that there is a complete one at any moment.
+A state is complete or absent there as here: digests.json is put last and removed first. Files of weights follow
+their state, each whole or not at all.
 """
 
-import heapq
+import json
 import os
+import re
+import shutil
 import tempfile
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from open_lm.checkpoint.files import (
-    LATEST,
-    PARTS,
-    group,
-    paths_of,
-    prepare,
-    replace,
-    saved_averages,
-    step_of,
-    temporary,
-)
+from open_lm.checkpoint import state
+from open_lm.checkpoint.files import finish, group, prepare, saved_averages, step_of, temporary
+from open_lm.checkpoint.state import CONTENT, DIGESTS, is_state
 from open_lm.data.remote import is_local
 from open_lm.data.retry import remote_errors
 
 # Protocols whose PUT is whole or nothing; elsewhere a file is written under another name and renamed.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
-TEMPORARY = ".tmp"  # whole, and waiting for the rest of its checkpoint
+TEMPORARY = ".tmp"  # of files here that are being written
 PARTIAL = ".partial"  # being written
 CHECKPOINTS = "checkpoints/"
+STATE = re.compile(r"checkpoints/step_(\d+)/(.+)")
 
 
 class RemoteFolder:
@@ -96,25 +90,46 @@ class RemoteFolder:
             file_system.put_file(str(local), path + PARTIAL)
             file_system.mv(path + PARTIAL, path)
 
-    def put_together(self, files: Sequence[tuple[Path, str]]) -> bool:
-        """Copies files that make sense only together, the last one last; False if one changed meanwhile.
+    def put_state(self, files: Sequence[tuple[Path, str]]) -> bool:
+        """Copies a state's files, of which the last is digests.json; False if one changed meanwhile.
 
-        Then nothing complete has been replaced: try again.
+        Then it is absent there: try again.
         """
         before = [signature(local) for local, _ in files]
-        there = self.sizes()
-        staged = TEMPORARY if any(name in there for _, name in files) else ""
-        for i, (local, name) in enumerate(files):
-            if i == len(files) - 1 and [signature(local) for local, _ in files] != before:
-                return False
-            self.put(local, name + staged)
-        if [signature(local) for local, _ in files] != before:
+        *_, (_, complete) = files
+        self.delete(complete)
+        for local, name in files[:-1]:
+            self.put(local, name)
+        if None in before or [signature(local) for local, _ in files] != before:
             return False
-        if staged:
-            for _, name in files:
-                with self._at(name) as (file_system, path):
-                    file_system.mv(path + staged, path)
+        self.put(*files[-1])
         return True
+
+    def read_json(self, name: str) -> Any:
+        """A small file's content; None if it is missing or damaged."""
+        with suppress(FileNotFoundError, ValueError), self._at(name) as (file_system, path):
+            return json.loads(file_system.cat_file(path))
+        return None
+
+    def states(self) -> dict[int, list[str]]:
+        """{step: its files' names} of the states there that are complete, the newest first."""
+        found: dict[int, list[str]] = {}
+        for name in self.sizes():
+            if match := STATE.fullmatch(name):
+                found.setdefault(int(match[1]), []).append(name)
+        complete = {s: names for s, names in found.items() if f"{CHECKPOINTS}step_{s}/{DIGESTS}" in names}
+        return dict(sorted(complete.items(), reverse=True))
+
+    def delete_state(self, step: int) -> None:
+        """Removes a state, or what is left of one."""
+        folder = f"{CHECKPOINTS}step_{step}/"
+        self.delete(folder + DIGESTS)
+        for name in self.sizes():
+            if name.startswith(folder):
+                self.delete(name)
+        if not self.is_object_store:
+            with suppress(OSError), self._at(folder.rstrip("/")) as (file_system, path):
+                file_system.rmdir(path)
 
     def get(self, name: str, local: Path) -> None:
         """Fetches a file; it keeps its time, so that it is known to be the same as there."""
@@ -135,15 +150,19 @@ class RemoteFolder:
                 return
 
     def delete_checkpoint(self, label: str) -> None:
-        """Removes all of a checkpoint's files, epoch_N.pt first, and what was left of their copying."""
-        names = {}
+        """Removes a checkpoint: epoch_N.pt first, its averages, its states, and what was left of their copying."""
+        names: dict[str, list[str]] = {}
         for name in self.sizes():
             if name.startswith(CHECKPOINTS):
-                bare = name.removeprefix(CHECKPOINTS).removesuffix(PARTIAL).removesuffix(TEMPORARY)
+                bare = name.removeprefix(CHECKPOINTS).removesuffix(PARTIAL)
                 names.setdefault(bare, []).append(name)
         for bare in reversed(group(names).get(label, [])):
             for name in names[bare]:
                 self.delete(name)
+        for step in list(self.states())[1:]:  # never the newest
+            content = self.read_json(f"{CHECKPOINTS}step_{step}/{CONTENT}") or {}
+            if label in content.get("labels", ()):
+                self.delete_state(step)
 
     def check_writable(self, folder: Path) -> None:
         """Puts an empty file there and removes it. ValueError: that fails, or the URL lies inside `folder`."""
@@ -190,68 +209,81 @@ def signature(path: Path) -> tuple[int, int, int] | None:
 
 
 def newest(remote: RemoteFolder, folder: Path, than: int) -> Path | None:
-    """Fetches the complete checkpoint of the highest step above `than` into the run's `folder`; its epoch file.
+    """Fetches the complete state of the highest step above `than` into the run's `folder`; its epoch_N.pt, or it.
 
     None: there is none. What `bring` says holds here too.
     """
-    there = remote.sizes()
-    labels = _labels(there).keys()
-    numbers = sorted(labels - {LATEST}, key=int, reverse=True)
-    candidates = (numbers, labels & {LATEST})
-    steps = (_steps(remote, there, each) for each in candidates)
-    for step, label in heapq.merge(*steps, key=lambda pair: pair[0], reverse=True):
+    for step in remote.states():
         if step <= than:
             return None
-        if path := bring(remote, folder, label):
+        if path := bring(remote, folder, step):
             return path
     return None
 
 
-def bring(remote: RemoteFolder, folder: Path, label: str) -> Path | None:
-    """Fetches all files of a checkpoint into the run's `folder`, complete or not at all; its epoch file.
+def bring(remote: RemoteFolder, folder: Path, step: int) -> Path | None:
+    """Fetches a state into the run's `folder`, complete or not at all, and makes its epoch_N.pt; that, or it.
 
-    None, with a warning: it is not complete there. The run's other files (logs, results) come along, so that
+    None, with a warning: it is damaged there, or absent. The run's other files (logs, results) come along, so that
     they go on here: those that are missing, and logs that are longer there.
     """
-    there = remote.sizes()
-    names = sorted(_labels(there).get(label, ()), key=lambda name: name.startswith("epoch_"))  # renamed last
-    parts = [name.removesuffix(f"_{label}.pt") for name in names]
-    sources = _sources(there, label, parts)
-    paths = {part: folder / CHECKPOINTS / f"{part}_{label}.pt" for part in sources}
+    there, target = remote.sizes(), state.state_folder(folder / CHECKPOINTS, step)
+    waiting = state.temporary_folder(target)
     prepare(folder / CHECKPOINTS)
-    for part, name in sources.items():
-        remote.get(name, temporary(paths[part]))
-    epoch = folder / CHECKPOINTS / f"epoch_{label}.pt"
-    needed = paths_of(epoch, saved_averages(temporary(epoch))).values()
-    steps = {path.name: step_of(temporary(path)) for path in needed}
-    if len(set(steps.values())) != 1 or None in steps.values():
-        for path in paths.values():
-            temporary(path).unlink(missing_ok=True)
-        warnings.warn(
-            f"{remote.url}/{CHECKPOINTS}epoch_{label}.pt is passed over: its files must be of one step, but "
-            f"have {steps}",
-            stacklevel=3,
-        )
+    waiting.mkdir()
+    for name in there:
+        if (match := STATE.fullmatch(name)) and int(match[1]) == step and not name.endswith(PARTIAL):
+            remote.get(name, waiting / match[2])
+    try:
+        state.verify(waiting)
+    except ValueError as error:
+        shutil.rmtree(waiting)
+        text = str(error).replace(str(waiting), f"{remote.url}/{CHECKPOINTS}{target.name}")
+        warnings.warn(f"{remote.url}/{CHECKPOINTS}{target.name} is passed over: {text}", stacklevel=3)
         return None
+    state.commit(target)
     for name, size in there.items():
         local = folder / name
         missing = not local.exists()
         shorter = local.suffix in (".jsonl", ".log") and not missing and local.stat().st_size < size
-        if (missing or shorter) and not name.endswith((TEMPORARY, PARTIAL)) and not group([local.name]):
+        ours = STATE.fullmatch(name) or group([local.name])
+        if (missing or shorter) and not name.endswith((TEMPORARY, PARTIAL)) and not ours:
             _get(remote, name, local)
-    replace(paths)
-    return paths["epoch"]
+    return finish(target)
 
 
-def fetch(url: str, folder: Path, *, whole: bool) -> Path:
-    """Fetches the checkpoint file at `url` into `folder`; with `whole`, its companions too."""
-    parent, _, name = url.rpartition("/")
-    remote, names = RemoteFolder(parent), {name}
-    if whole:
-        label = paths_of(Path(name))["epoch"].stem.removeprefix("epoch_")
-        names |= set(group(remote.sizes()).get(label, ()))
-    for each in names:
-        _get(remote, each, folder / each)
+def bring_named(remote: RemoteFolder, folder: Path, name: str) -> Path | None:
+    """`bring` of epoch_N.pt or step_S of the run's own remote folder. None: it, or its state, is not there."""
+    if is_state(Path(name)):
+        return bring(remote, folder, int(name.removeprefix("step_")))
+    with tempfile.TemporaryDirectory() as temporary_place:
+        local = Path(temporary_place, name)
+        remote.get(f"{CHECKPOINTS}{name}", local)
+        step = step_of(local)
+    return None if step is None or step not in remote.states() else bring(remote, folder, step)
+
+
+def fetch(url: str, folder: Path, *, resumes: bool, averages: bool = False) -> Path:
+    """Fetches the checkpoint file, or the state, at `url` into `folder`: with `resumes` epoch_N.pt's state too, and
+    with `averages` those saved beside it."""
+    parent, _, name = url.rstrip("/").rpartition("/")
+    remote = RemoteFolder(parent)
+    if is_state(Path(name)):
+        return _fetch_state(remote, name, folder)
+    _get(remote, name, folder / name)
+    if averages:
+        label = Path(name).stem.removeprefix("epoch_")
+        for average in saved_averages(folder / name):
+            with suppress(FileNotFoundError):
+                _get(remote, f"{average}_{label}.pt", folder / f"{average}_{label}.pt")
+    if resumes and (step := step_of(folder / name)) is not None:
+        _fetch_state(remote, f"step_{step}", folder)
+    return folder / name
+
+
+def _fetch_state(remote: RemoteFolder, name: str, folder: Path) -> Path:
+    for each in RemoteFolder(f"{remote.url}/{name}").sizes():
+        _get(remote, f"{name}/{each}", folder / name / each)
     return folder / name
 
 
@@ -259,35 +291,3 @@ def _get(remote: RemoteFolder, name: str, local: Path) -> None:
     local.parent.mkdir(parents=True, exist_ok=True)
     remote.get(name, temporary(local))
     os.replace(temporary(local), local)
-
-
-def _labels(there: Iterable[str]) -> dict[str, set[str]]:
-    """{label: names of its files}, finished or waiting to be renamed."""
-    inside = (name for name in there if name.startswith(CHECKPOINTS))
-    groups = group(name.removeprefix(CHECKPOINTS).removesuffix(TEMPORARY) for name in inside)
-    return {label: set(names) for label, names in groups.items()}
-
-
-def _steps(remote: RemoteFolder, there: Collection[str], labels: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(Step, label) of the checkpoints whose epoch and stats are there; lazily, as each is a download."""
-    for label in labels:
-        names = _sources(there, label)
-        if "epoch" in names and "stats" in names:
-            with tempfile.TemporaryDirectory() as folder:
-                remote.get(names["stats"], Path(folder, "stats.pt"))
-                step = step_of(Path(folder, "stats.pt"))
-            if step is not None:
-                yield step, label
-
-
-def _sources(there: Collection[str], label: str, parts: Iterable[str] = PARTS) -> dict[str, str]:
-    """{part: its name there}. A waiting epoch_N.pt.tmp says that all of its checkpoint had been put."""
-    waiting = f"{CHECKPOINTS}epoch_{label}.pt{TEMPORARY}" in there
-    names = {}
-    for part in parts:
-        name = f"{CHECKPOINTS}{part}_{label}.pt"
-        if waiting and name + TEMPORARY in there:
-            names[part] = name + TEMPORARY
-        elif name in there:
-            names[part] = name
-    return names

@@ -5,8 +5,9 @@ import os
 import threading
 from pathlib import Path
 
-from open_lm.checkpoint.files import all_paths, delete, group, step_of
-from open_lm.checkpoint.remote import CHECKPOINTS, TEMPORARY, RemoteFolder, signature
+from open_lm.checkpoint.files import delete, group
+from open_lm.checkpoint.remote import CHECKPOINTS, STATE, TEMPORARY, RemoteFolder, signature
+from open_lm.checkpoint.state import CONTENT, DIGESTS
 
 FIRST_RETRY_SECONDS = 2.0  # doubled with every failure in a row
 GIVE_UP = 3  # failures in a row after which the rest waits for the next try: it is the server, not a file
@@ -19,18 +20,26 @@ class Sync:
     """Copies what is new in `folder`: every `every_seconds`, at `wake()`, and a last time at `close()`.
 
     A failure is a warning and tried again. `written` holds the labels of the run's checkpoints, oldest first:
-    those before the newest that is complete there are deleted, there and here (None: nothing is deleted).
+    those before the newest that is complete there are deleted, there and here (None: nothing is deleted), but for
+    every `keep_every`-th.
     """
 
     def __init__(
-        self, folder: Path, remote: RemoteFolder, *, every_seconds: float, written: list[str] | None = None
+        self,
+        folder: Path,
+        remote: RemoteFolder,
+        *,
+        every_seconds: float,
+        written: list[str] | None = None,
+        keep_every: int | None = None,
     ) -> None:
         self.folder = folder
         self.remote = remote
         self.every_seconds = every_seconds
-        self.written = written
+        self.written, self.keep_every = written, keep_every
         self._copied: dict[str, tuple | None] | None = None  # what each file was like when it was copied
         self._failed: dict[str, Exception] = {}
+        self._looked = False  # whether what an earlier process left there has been looked for
         self._closing = False
         self._wake = threading.Event()
         # a daemon: a server that never answers must not keep the process alive
@@ -85,14 +94,13 @@ class Sync:
             files = self._files()
             if self._copied is None:
                 self._copied = self._compare(files)
-            labels = group(name.removeprefix(CHECKPOINTS) for name in files if name.startswith(CHECKPOINTS))
-            sets = [[CHECKPOINTS + name for name in names] for names in labels.values()]
-            complete = [names for names in sets if names[-1].startswith(CHECKPOINTS + "epoch_")]
-            in_sets = {name for names in sets for name in names}
-            # the newest checkpoint first: a slow link must not fall behind
-            complete.sort(key=lambda names: (signature(files[names[-1]]) or (0, 0))[1], reverse=True)
+            states, weights = _states(files), _weights(files)
+            in_sets = {name for names in (*states, *weights) for name in names}
+            in_sets |= {name for name in files if STATE.fullmatch(name)}  # states that are not complete
+            loose = [[name] for name in files if name not in in_sets and not group([Path(name).name])]
             error, in_a_row = OSError(), 0
-            for names in [*([name] for name in files if name not in in_sets), *complete]:
+            # of checkpoints the newest first: a slow link must not fall behind
+            for names in [*loose, *states, *weights]:
                 now = {name: signature(files[name]) for name in names}
                 if all(self._copied.get(name) == now[name] for name in names):
                     continue
@@ -105,21 +113,43 @@ class Sync:
                 except Exception as caught:
                     error, in_a_row = caught, in_a_row + 1
                 failed |= {name: error for name in names if signature(files[name]) is not None}
+            self._delete_gone(files, states)
             self._delete_before(failed)
         except Exception as error:  # also ImportError, or a folder that cannot be listed
             failed["(all)"] = error
         return failed
 
     def _put(self, names: list[str], files: dict[str, Path]) -> None:
-        """Copies a file, or the files of a checkpoint together."""
-        if len(names) == 1:
-            self.remote.put(files[names[0]], names[0])
-        elif len({step_of(path) for path in all_paths(files[names[-1]]).values()}) != 1:
-            logger.warning("%s is not copied: its files are not of one step", names[-1])
-        elif self.remote.put_together([(files[name], name) for name in names]):
-            logger.info("copied to %s/%s", self.remote.url, names[-1])
+        """Copies a file; files of weights, epoch_N.pt last; or a state."""
+        if not names[-1].endswith(f"/{DIGESTS}"):
+            for name in names:
+                self.remote.put(files[name], name)
+            if group([Path(names[-1]).name]):
+                logger.info("copied to %s/%s", self.remote.url, names[-1])
+        elif self.remote.put_state([(files[name], name) for name in names]):
+            logger.info("copied to %s/%s", self.remote.url, names[-1].rpartition("/")[0])
         else:  # a newer one has taken its place meanwhile
             self.wake()
+
+    def _delete_gone(self, files: dict[str, Path], states: list[list[str]]) -> None:
+        """Deletes there the states that were deleted here: those that this object copied, and at first those
+        between intervals that an earlier process left."""
+        copied, newest = self._copied or {}, max((_step(names[-1]) for names in states), default=-1)
+        gone = {_step(name) for name in copied if STATE.fullmatch(name) and name not in files}
+        here = {_step(name) for name in files if STATE.fullmatch(name)}
+        if not self._looked:
+            for step in self.remote.states():
+                content = self.remote.read_json(f"{CHECKPOINTS}step_{step}/{CONTENT}") or {}
+                if step < newest and step not in here and content.get("labels") == []:
+                    gone.add(step)
+            self._looked = True
+        for step in gone - here:
+            if step < newest:
+                self.remote.delete_state(step)
+                self._copied = {
+                    n: s for n, s in copied.items() if not (STATE.fullmatch(n) and _step(n) == step)
+                }
+                copied = self._copied
 
     def _delete_before(self, failed: dict[str, Exception]) -> None:
         """Deletes the checkpoints before the newest that is complete here and there."""
@@ -127,7 +157,7 @@ class Sync:
         for label in reversed(list(self.written or ())):
             name = f"{CHECKPOINTS}epoch_{label}.pt"
             if name in copied and name not in failed and copied[name] == signature(self.folder / name):
-                delete_before(self.folder, self.written or [], label, self.remote)
+                delete_before(self.folder, self.written or [], label, self.remote, self.keep_every)
                 return
 
     def _files(self) -> dict[str, Path]:
@@ -136,7 +166,9 @@ class Sync:
         for parent, _, names in os.walk(self.folder):
             for name in sorted(names):
                 path = Path(parent, name)
-                if not name.endswith(TEMPORARY) and path.is_file() and not path.is_symlink():
+                relative = path.relative_to(self.folder)
+                unfinished = any(part.endswith(TEMPORARY) for part in relative.parts) or name.startswith(".")
+                if not unfinished and path.is_file() and not path.is_symlink():
                     files[path.relative_to(self.folder).as_posix()] = path
         return files
 
@@ -152,9 +184,45 @@ class Sync:
         return copied
 
 
-def delete_before(folder: Path, written: list[str], label: str, remote: RemoteFolder | None = None) -> None:
-    """Deletes the checkpoints that stand before `label` in `written`, whole and epoch_N.pt first; forgets them."""
+def _step(name: str) -> int:
+    match = STATE.fullmatch(name)
+    assert match
+    return int(match[1])
+
+
+def _states(files: dict[str, Path]) -> list[list[str]]:
+    """Names of each complete state's files, digests.json last; the newest state first."""
+    found: dict[int, list[str]] = {}
+    for name in files:
+        if STATE.fullmatch(name):
+            found.setdefault(_step(name), []).append(name)
+    ordered = (
+        sorted(found[step], key=lambda name: name.endswith(f"/{DIGESTS}")) for step in sorted(found)[::-1]
+    )
+    return [names for names in ordered if names[-1].endswith(f"/{DIGESTS}")]
+
+
+def _weights(files: dict[str, Path]) -> list[list[str]]:
+    """Names of each label's files, epoch_N.pt last; the newest first."""
+    labels = group(name.removeprefix(CHECKPOINTS) for name in files if name.startswith(CHECKPOINTS))
+    sets = [[CHECKPOINTS + name for name in names] for names in labels.values()]
+    complete = [names for names in sets if names[-1].startswith(CHECKPOINTS + "epoch_")]
+    return sorted(complete, key=lambda names: (signature(files[names[-1]]) or (0, 0))[1], reverse=True)
+
+
+def delete_before(
+    folder: Path,
+    written: list[str],
+    label: str,
+    remote: RemoteFolder | None = None,
+    keep_every: int | None = None,
+) -> None:
+    """Deletes the checkpoints that stand before `label` in `written`, whole and epoch_N.pt first, and forgets them;
+    every `keep_every`-th is only forgotten."""
     for old in written[: written.index(label)]:
+        if keep_every and int(old) % keep_every == 0:
+            written.remove(old)
+            continue
         if remote is not None:
             remote.delete_checkpoint(old)
         try:

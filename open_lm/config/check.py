@@ -7,7 +7,7 @@ from collections.abc import Collection
 from dataclasses import fields
 
 from open_lm.config.averaging import AveragingConfig, coefficients_of, parse_averagers
-from open_lm.config.checkpoint import CheckpointConfig
+from open_lm.config.checkpoint_check import check_checkpoint
 from open_lm.config.data import DATA_KEYS, DataConfig
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.eval import EvalConfig
@@ -67,7 +67,7 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
         warnings.append("--remote-sync copies nothing in an evaluation without training")
     _check_optim(run.optim, given)
     _check_distributed(run.distributed, run.optim, given)
-    _check_checkpoint(run.checkpoint, trains(run))
+    check_checkpoint(run.checkpoint, trains(run))
     _check_purpose(run)
     warnings += _check_averaging(run)
     _check_log(run.log)
@@ -256,21 +256,6 @@ def _check_distributed(parallel: DistributedConfig, optim: OptimConfig, given: C
             f"--ddp-static-graph with --accum-freq {optim.accum_freq}: torch's static graph allows no accumulation "
             "over micro-batches; drop one"
         )
-
-
-def _check_checkpoint(checkpoint: CheckpointConfig, trains: bool) -> None:
-    if checkpoint.save_frequency < 0:
-        raise ValueError(f"--save-frequency {checkpoint.save_frequency}: expected 0 or more")
-    if checkpoint.remote_sync_frequency < 1:
-        raise ValueError(
-            f"--remote-sync-frequency {checkpoint.remote_sync_frequency}: expected 1 second or more"
-        )
-    if checkpoint.load_pretrained_state and not checkpoint.pretrained:
-        raise ValueError(
-            "--load-pretrained-state needs --pretrained (--resume goes on with all state anyway)"
-        )
-    if checkpoint.load_pretrained_state and not trains:
-        raise ValueError("--load-pretrained-state goes on training, but no training data are given")
 
 
 def _check_purpose(run: RunConfig) -> None:

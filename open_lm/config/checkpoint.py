@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Checkpoints: LOGS/NAME/checkpoints/{epoch_N.pt, optimizer_N.pt, stats_N.pt}."""
+    """Checkpoints: LOGS/NAME/checkpoints/step_S/ (all of the state after step S) and epoch_N.pt (whole weights)."""
 
     resume: str | None = None
-    """Continue from this epoch_N.pt (a path, or a URL such as s3://…), or `latest`: the newest of this run's
-    folder or its --remote-sync copy, if any."""
+    """Continue from this epoch_N.pt or step_S (a path, or a URL such as s3://…), or `latest`: the newest complete
+    one of this run's folder or its --remote-sync copy, if any; damaged ones are passed over with a warning."""
 
     pretrained: str | None = None
     """Start a new run from these weights (path or URL): epoch_N.pt, a bare state dict, or .safetensors."""
@@ -24,11 +24,27 @@ class CheckpointConfig:
 
     load_pretrained_state: bool = False
     """--pretrained: go on with its optimizer, step of the schedule and place in the data too, in this run's own
-    folder. Needs optimizer_N.pt and stats_N.pt beside it, and the same data."""
+    folder. Needs its step_S beside it, and the same data."""
 
     save_most_recent: bool = False
-    """After every interval, also those that --save-frequency leaves out: epoch_latest.pt (and companions),
+    """After every interval, also those that --save-frequency leaves out: epoch_latest.pt and its step_S,
     replaced each time."""
+
+    save_every_steps: int | None = None
+    """Also save the state (step_S, without an epoch_N.pt) whenever the step is a multiple of this."""
+
+    save_every_tokens: int | None = None
+    """Also save the state (step_S) each time another so many tokens have been trained on."""
+
+    save_every_minutes: float | None = None
+    """Also save the state (step_S) when so many minutes, of rank 0's clock, have passed since the last save."""
+
+    keep_last_states: int = 2
+    """How many states between intervals (--save-every-…, signals) stay; older ones are deleted once a newer
+    state is complete."""
+
+    keep_every: int | None = None
+    """--delete-previous-checkpoint: keep every Nth epoch_N.pt with its state all the same."""
 
     delete_previous_checkpoint: bool = False
     """Once an epoch_N.pt is complete (and, with --remote-sync, copied), delete the run's one before it, here and

@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from open_lm.checkpoint import files
+from open_lm.checkpoint import files, state
 from open_lm.checkpoint.remote import RemoteFolder
 
 
@@ -15,15 +16,34 @@ class KilledError(BaseException):
 
 @pytest.fixture
 def write_checkpoint() -> Callable:
-    """`write_checkpoint(run_folder, label, step)`: as `checkpoint.save` leaves it on disk."""
+    """`write_checkpoint(run_folder, label, step)`: as a save leaves it on disk; between intervals with label None.
 
-    def write(folder: Path, label: str, step: int, parts=(*files.PARTS[:2], "ema_0.9_1", "epoch")) -> None:
-        paths = {part: folder / f"checkpoints/{part}_{label}.pt" for part in parts}
-        averages = [part for part in parts if part not in files.PARTS]
-        files.prepare(folder / "checkpoints")
-        for path in paths.values():
-            files.write(files.temporary(path), {"step": step, "averagers": averages})
-        files.replace(paths)
+    `kept` is how many states between intervals stay.
+    """
+
+    def write(folder: Path, label: str | None, step: int, *others: str, kept: int = 2) -> None:
+        checkpoints = folder / "checkpoints"
+        files.prepare(checkpoints)
+        target = state.state_folder(checkpoints, step)
+        waiting = state.temporary_folder(target)
+        waiting.mkdir()
+        weights = torch.full((2, 3), float(step))
+        tensors = {"model/w": weights, "average/ema_0.9_1/w": weights}
+        parts = {key: ((0,) * tensor.ndim, tensor) for key, tensor in tensors.items()}
+        content = {
+            "epoch": 1, "name": "run", "step": step, "tokens": step, "labels": [label, *others] if label else [],
+            "model_config": {}, "weights": {"w": "w"}, "averages": {"ema_0.9_1": {"steps": step}}, "state": {},
+        }  # fmt: skip
+        name = "shard-00001-model-00001-of-00001.safetensors"
+        entries = {name: state.write_shard(waiting / name, parts)}
+        entries[state.CONTENT] = state.write_json(waiting / state.CONTENT, content)
+        state.write_json(waiting / state.DIGESTS, {"files": entries})
+        state.commit(target)
+        if label:
+            epoch = files.consolidate(target, label)
+            for other in others:
+                files.alias(epoch, other)
+        files.tidy(checkpoints, step, kept)
 
     return write
 

@@ -130,9 +130,12 @@ def train_where_this_rank_sees_files_of_its_own(sources: list[str], folder: str,
     main(flags(sources, Path("logs"), extra))
 
 
-def test_only_the_first_host_needs_the_files(sources, tmp_path, spawn) -> None:
+@pytest.mark.parametrize("layout", ["", "--fsdp"], ids=["ddp", "fsdp"])
+def test_only_the_first_host_needs_the_files(sources, tmp_path, spawn, layout) -> None:
+    """Without a disk that all see, the first rank gathers and writes it all."""
     for extra in ("--max-steps 2", "--max-steps 4 --resume latest"):
-        spawn(2, train_where_this_rank_sees_files_of_its_own, sources, str(tmp_path), extra)
+        spawn(2, train_where_this_rank_sees_files_of_its_own, sources, str(tmp_path), f"{extra} {layout}")
+    assert len(list((tmp_path / "host_0/logs/run/checkpoints/step_4").glob("*.safetensors"))) == 1
     assert steps(tmp_path / "host_0/logs/run") == [1, 2, 3, 4]
     assert not (tmp_path / "host_1/logs").exists()
 
@@ -144,8 +147,8 @@ def test_the_newer_of_here_and_there(sources, tmp_path, whole, bucket) -> None:
     run = tmp_path / "run"
     assert steps(run) == list(range(1, 10)), "what was newer here was gone on from"
     assert labels(keys()) == {"1", "2", "3"}
-    for part in ("epoch", "optimizer", "stats"):
-        (run / f"checkpoints/{part}_3.pt").unlink()
+    (run / "checkpoints/epoch_3.pt").unlink()
+    shutil.rmtree(run / "checkpoints/step_9")
     main(flags(sources, tmp_path, f"{S3} --resume latest"))
     assert steps(run) == list(range(1, 13)), "and what was newer there"
     assert equal(run, whole)
@@ -224,8 +227,7 @@ def test_the_most_recent(sources, tmp_path, whole) -> None:
     run = tmp_path / "run"
     main(flags(sources, tmp_path, f"{extra} --max-steps 3"))
     assert local(run) == {"1", "latest"}, "the last is kept by its number too"
-    for path in (run / "checkpoints").glob("*_1.pt"):
-        path.unlink()  # as if it had gone on, and been killed in the second interval
+    (run / "checkpoints/epoch_1.pt").unlink()  # as if it had gone on, and been killed in the second interval
     main(flags(sources, tmp_path, f"{extra} --resume latest --max-steps 7"))
     assert steps(run) == list(range(1, 8))
     latest = torch.load(run / "checkpoints/epoch_latest.pt", weights_only=True)
@@ -234,7 +236,8 @@ def test_the_most_recent(sources, tmp_path, whole) -> None:
     assert equal(run, whole)
     assert equal(run, whole, 2)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
-        f"{part}_{n}.pt" for part in ("epoch", "optimizer", "stats") for n in (2, 3, 4, "latest")
+        *(f"epoch_{n}.pt" for n in (1, 2, 3, 4, "latest")),
+        *(f"step_{n}" for n in (3, 6, 7, 12)),
     }
 
 
@@ -273,7 +276,7 @@ def test_pretrained_state(sources, tmp_path, whole, capsys) -> None:
     shutil.copy(path, tmp_path / "epoch_2.pt")
     for extra, expected in {
         "--load-pretrained-state": "--load-pretrained-state needs --pretrained",
-        f"--load-pretrained-state --pretrained {tmp_path}/epoch_2.pt": "optimizer_2.pt is missing",
+        f"--load-pretrained-state --pretrained {tmp_path}/epoch_2.pt": "step_6, its state, is missing",
         f"--load-pretrained-state --pretrained {path} --seed 3": "in another order",
     }.items():
         message = refused(flags(sources, tmp_path, extra, name="other"), capsys)

@@ -44,6 +44,8 @@ def test_what_is_copied_and_that_it_is_copied_once(remote, tmp_path, write_check
     (run / "tensorboard/events").write_text("e")
     (run / "out.log").touch()
     (run / "checkpoints/epoch_2.pt.tmp").touch()
+    (run / "checkpoints/step_3.tmp").mkdir()
+    (run / "checkpoints/step_3.tmp/half.json").touch()
     (run / "link").symlink_to(run / "log.jsonl")
     calls = count_puts(remote)
     copies = Sync(run, remote, every_seconds=0.1)
@@ -53,11 +55,13 @@ def test_what_is_copied_and_that_it_is_copied_once(remote, tmp_path, write_check
     write_checkpoint(run, "2", 20)
     copies.wake()
     assert copies.close()
-    expected = {path.relative_to(run).as_posix(): path.stat().st_size for path in run.rglob("*.*")}
+    whole = [path for path in run.rglob("*.*") if path.is_file() and "step_3" not in str(path)]
+    expected = {path.relative_to(run).as_posix(): path.stat().st_size for path in whole}
     expected |= {"tensorboard/events": 1}
+    assert "checkpoints/step_20/digests.json" in expected
     assert remote.sizes() == expected
     assert sorted(calls) == sorted([*expected, "log.jsonl"]), "each once, and what had changed once more"
-    assert calls.index("checkpoints/epoch_2.pt") > calls.index("checkpoints/ema_0.9_1_2.pt")
+    assert calls.index("checkpoints/epoch_2.pt") > calls.index("checkpoints/step_20/digests.json")
 
     time.sleep(
         1 if "s3" in remote.url else 0
@@ -70,7 +74,7 @@ def test_what_is_copied_and_that_it_is_copied_once(remote, tmp_path, write_check
     fetched = tmp_path / "elsewhere"
     newest(again, fetched, than=-1)
     assert Sync(fetched, again, every_seconds=100).close()
-    assert calls == [], "and so does one that fetched them"
+    assert {Path(name).name for name in calls} <= {"epoch_2.pt", "ema_0.9_1_2.pt"}, "made anew of the state"
 
 
 def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, monkeypatch) -> None:
@@ -81,7 +85,7 @@ def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, mon
 
     def fail(local, name, real=remote.put):
         attempts.append(time.monotonic())
-        if len(attempts) < 8:
+        if len(attempts) < 12:
             raise OSError("no server")
         real(local, name)
 
@@ -91,8 +95,8 @@ def test_a_server_that_fails_for_a_while(tmp_path, write_checkpoint, caplog, mon
         wait_for(lambda: "checkpoints/epoch_1.pt" in remote.sizes())
         assert copies.close()
     assert any("could not be copied" in message and "no server" in message for message in caplog.messages)
-    waits = [b - a for a, b in zip(attempts, attempts[2:], strict=False)]
-    assert max(waits[:5]) > 0.19, "longer after each failure"
+    waits = [b - a for a, b in zip(attempts, attempts[3:], strict=False)]
+    assert max(waits[:9]) > 0.19, "longer after each failure"
 
 
 def test_one_file_does_not_hold_up_the_others_and_a_server_is_not_asked_for_each(
@@ -129,16 +133,16 @@ def test_what_is_not_copied_at_the_end_is_named(tmp_path, write_checkpoint, capl
     real = remote.put
 
     def fail(local, name):
-        if "stats" in name:
+        if "step_10" in name:
             raise OSError("no server")
         real(local, name)
 
     monkeypatch.setattr(remote, "put", fail)
     assert not Sync(run, remote, every_seconds=1000).close()
     assert f"not copied to {tmp_path}/remote: " in caplog.messages[-1]
-    assert "checkpoints/epoch_1.pt" in caplog.messages[-1]
+    assert "checkpoints/step_10/digests.json" in caplog.messages[-1]
     assert "out.log" not in caplog.messages[-1]
-    assert "checkpoints/epoch_1.pt" not in remote.sizes()
+    assert not any("step_10" in name for name in remote.sizes())
 
 
 def test_a_server_that_never_answers_holds_nothing_up(tmp_path, caplog, monkeypatch) -> None:
@@ -189,16 +193,17 @@ def test_deletes_what_is_older_than_the_newest_copied(remote, tmp_path, write_ch
     write_checkpoint(run, "7", 7)  # of another time: not `written`
     copies = Sync(run, remote, every_seconds=1000, written=written)
     for label in ("8", "9", "10"):
-        write_checkpoint(run, label, int(label))
-        write_checkpoint(run, "latest", int(label))
+        write_checkpoint(run, label, int(label), "latest")
         written.append(label)
         copies.wake()
     assert copies.close()
     assert written == ["10"]
     assert labels(run) == {"7", "10", "latest"}
     there = {name for name in remote.sizes() if "results" not in name}
-    parts = (*files.PARTS, "ema_0.9_1")
-    assert there == {f"checkpoints/{part}_{n}.pt" for part in parts for n in ("7", "10", "latest")}
+    assert {name for name in there if name.endswith(".pt")} == {
+        f"checkpoints/{part}_{n}.pt" for part in ("epoch", "ema_0.9_1") for n in ("7", "10", "latest")
+    }
+    assert list(remote.states()) == [10, 7]
     assert (run / "checkpoints/results.jsonl").exists()
     assert "checkpoints/results.jsonl" in remote.sizes()
 
@@ -228,7 +233,7 @@ def one_pass(run: Path, remote: RemoteFolder, written: list[str]) -> None:
     """What the thread does when it is woken, in this thread: a kill must come up here."""
     copies = Sync.__new__(Sync)
     copies.folder, copies.remote, copies.written = run, remote, written
-    copies._copied, copies._wake = None, threading.Event()
+    copies._copied, copies._wake, copies._looked, copies.keep_every = None, threading.Event(), False, None
     copies._copy()
 
 
@@ -260,7 +265,7 @@ def test_killed_anywhere_between_copy_and_deletion(tmp_path, write_checkpoint, k
         one_pass(run, RemoteFolder(remote.url), ["1"] if label == "1" else ["1", "2"])
         assert labels(run) == labels(Path(remote.url)) == {label}
         left = {path.name.removesuffix(".partial") for path in Path(remote.url, "checkpoints").iterdir()}
-        assert left == {f"{part}_{label}.pt" for part in (*files.PARTS, "ema_0.9_1")}
+        assert left == {f"epoch_{label}.pt", f"ema_0.9_1_{label}.pt", f"step_{label}"}
         if done:
             break
     assert done
@@ -274,3 +279,29 @@ def test_without_a_remote_the_older_go_at_once(tmp_path, write_checkpoint) -> No
     delete_before(tmp_path, written, "3")
     assert labels(tmp_path) == {"3", "4"}
     assert written == ["3"]
+
+
+def test_states_between_intervals_go_there_too(remote, tmp_path, write_checkpoint) -> None:
+    run = tmp_path / "run"
+    copies = Sync(run, remote, every_seconds=0.05)
+    for step in range(1, 6):
+        write_checkpoint(run, None, step)
+        wait_for(lambda step=step: step in remote.states())
+    wait_for(lambda: list(remote.states()) == [5, 4])
+    assert copies.close()
+    fetched = tmp_path / "elsewhere"
+    assert newest(remote, fetched, than=-1) == fetched / "checkpoints/step_5"
+    for step in (6, 7):
+        write_checkpoint(fetched, None, step)
+    assert Sync(fetched, RemoteFolder(remote.url), every_seconds=100).close()
+    assert list(remote.states()) == [7, 6], "also those that another process had left"
+
+
+def test_every_nth_stays(tmp_path, write_checkpoint) -> None:
+    written = []
+    for label in ("1", "2", "3", "4", "5"):
+        write_checkpoint(tmp_path, label, int(label))
+        written.append(label)
+        delete_before(tmp_path, written, label, keep_every=2)
+    assert labels(tmp_path) == {"2", "4", "5"}
+    assert written == ["5"]

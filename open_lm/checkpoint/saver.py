@@ -1,0 +1,304 @@
+"""`Saver`: the loop waits until a state is copied to host memory; a thread writes it."""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from open_lm.averaging import Average
+from open_lm.checkpoint import files, state
+from open_lm.checkpoint.average import facts_of
+from open_lm.checkpoint.tensors import (
+    Parts,
+    Staging,
+    collect_on_first_rank,
+    local,
+    padded,
+    plan,
+    sees_folder_of_first_rank,
+    share,
+    tensors_to_save,
+    whole_bytes,
+)
+from open_lm.model import Transformer
+from open_lm.parallel.mesh import this_rank
+from open_lm.parallel.plan import reshard_, unwrap
+
+# From this size on another process makes epoch_N.pt: torch.save holds Python's lock while it writes a tensor.
+LARGE_BYTES = 1 << 30
+FLUSH_SECONDS = 1800.0  # the longest that a run which has failed waits for its save
+logger = logging.getLogger("open_lm")
+
+
+@dataclass
+class Save:
+    """One save, as it goes on."""
+
+    step: int
+    path: Path
+    """What it is called: epoch_N.pt, or step_S between intervals."""
+    labels: tuple[str, ...]
+    size: int
+    """Bytes of the state, over all ranks."""
+    stall_seconds: float = 0.0
+    """What the loop lost: waiting for the save before, then for the copy, on the host or the device."""
+    write_seconds: float = 0.0
+    """Until the state, and epoch_N.pt, were complete."""
+    error: Exception | None = None
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class Saver:
+    """Saves of one run, one at a time. Made, and `save` called, by all ranks together.
+
+    `keep`: how many states between intervals stay. `on_complete(labels)` is called on rank 0, by the thread.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        averages: Sequence[Average] = (),
+        keep: int = 2,
+        in_background: bool = True,
+        on_complete: Callable[[tuple[str, ...]], None] = lambda labels: None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.model, self.optimizer, self.averages = model, optimizer, averages
+        self.keep, self.on_complete, self.in_background = keep, on_complete, in_background
+        bare = unwrap(model)
+        self.staging = Staging(next(p.device for p in bare.parameters()))
+        self.is_shared = sees_folder_of_first_rank(self.folder)
+        self._group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
+        self._waited = 0.0
+        self._running: Save | None = None
+        self._thread: threading.Thread | None = None
+        self._gave_up = False
+        self._finished: list[Save] = []
+        if in_background and self.is_shared:
+            reshard_(model)
+            mine = share(tensors_to_save(bare, optimizer, averages))
+            moments = 0 if optimizer.state else 2 * sum(padded(local(p).nbytes) for p in bare.parameters())
+            size = sum(padded(local(t).nbytes) for t in mine.values()) + moments
+            self.staging.reserve(size)
+
+    def save(self, content: dict[str, Any], *, number: int = 0, labels: Sequence[str] = ()) -> Save:
+        """Begins to save the state and, for each label, epoch_LABEL.pt. Waits for the save before. Collective.
+
+        `content` (plain JSON; "step" is required; "name" and "tokens" go into every file) comes back from
+        `load_training_state`. ValueError if it is not plain.
+        """
+        self.wait()
+        begin = time.perf_counter()
+        step, waited = content["step"], self._waited
+        self._waited = 0.0
+        reshard_(self.model)
+        bare = unwrap(self.model)
+        tensors = tensors_to_save(bare, self.optimizer, self.averages)
+        document = self._document(content, bare, number, labels)
+        path = self.folder / f"epoch_{labels[0]}.pt" if labels else state.state_folder(self.folder, step)
+        save = Save(step, path, tuple(labels), whole_bytes(tensors))
+        mine = share(tensors) if self.is_shared else collect_on_first_rank(tensors)
+        on_gpu = self.staging.device.type == "cuda"
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
+        if events:
+            events[0].record()
+        parts = plan(mine, self.staging.copy(mine))
+        if events:
+            events[1].record()
+        extra = whole_bytes(tensors, "model/") + whole_bytes(tensors, "average/") if labels else 0
+        save.stall_seconds = waited + time.perf_counter() - begin
+        self._running = save
+
+        def run() -> None:
+            started = time.perf_counter()
+            try:
+                if on_gpu:
+                    torch.cuda.set_device(self.staging.device)  # a thread begins on the first
+                if events:  # the device copies in its own time: what is longer than the host's is lost, too
+                    events[1].synchronize()
+                    on_device = events[0].elapsed_time(events[1]) / 1000
+                    save.stall_seconds = max(save.stall_seconds, waited + on_device)
+                self._write(save, document, parts, extra)
+            except Exception as error:
+                save.error = error
+            save.write_seconds = time.perf_counter() - started
+            save.done.set()
+
+        if self.in_background:
+            # a daemon: one that hangs with a rank that is gone must not keep the process alive
+            self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            run()
+        return save
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits for the save that is being written, if there is one; counts as its successor's stall."""
+        begin = time.perf_counter()
+        if self._running is not None and not self._running.done.wait(seconds):
+            self._gave_up = True
+            self._running.error = OSError(f"step {self._running.step} was not written within {seconds} s")
+            self._running.done.set()
+        self._collect()
+        self._waited += time.perf_counter() - begin
+
+    def finished(self) -> list[Save]:
+        """The saves that have ended since the last call; waits for none."""
+        if self._running is not None and self._running.done.is_set():
+            self._collect()
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _collect(self) -> None:
+        if self._running is not None:
+            if self._thread is not None and not self._gave_up:
+                self._thread.join()  # one that still runs when Python ends would abort the process
+            self._finished.append(self._running)
+            self._running = None
+
+    def _document(
+        self, content: dict[str, Any], bare: Transformer, number: int, labels: Sequence[str]
+    ) -> dict[str, Any]:
+        """state.json. A copy, as the loop goes on."""
+        names = {id(tensor): name for name, tensor in bare.named_parameters()}
+        held = bare.state_dict(keep_vars=True)
+        of_parameter = {parameter: name for name, parameter in bare.named_parameters()}
+        document = {
+            "epoch": number,
+            "name": content.get("name", ""),
+            "step": content["step"],
+            "tokens": content.get("tokens"),
+            "labels": list(labels),
+            "world_size": dist.get_world_size() if dist.is_initialized() else 1,
+            "torch": torch.__version__,
+            "model_config": asdict(bare.config),
+            "weights": {name: names.get(id(tensor), name) for name, tensor in held.items()},
+            "averages": {average.name: facts_of(average) for average in self.averages},
+            "param_groups": [
+                {k: v for k, v in group.items() if k not in ("params", "param_names")}
+                | {"params": [of_parameter[p] for p in group["params"]]}
+                for group in self.optimizer.param_groups
+            ],
+            "state": content,
+        }
+        try:
+            return state.json.loads(state.json.dumps(document))
+        except TypeError as error:
+            raise ValueError(f"what is saved with a checkpoint must be plain JSON: {error}") from error
+
+    # ---- by the thread, on all ranks
+
+    def _write(self, save: Save, document: dict[str, Any], parts: Parts, extra: int) -> None:
+        folder = state.state_folder(self.folder, save.step)
+        waiting = state.temporary_folder(folder)
+        rank, entries = this_rank(), {}
+
+        def begin() -> None:
+            files.prepare(self.folder)
+            check_space(self.folder, save.size + extra, save.step)
+            waiting.mkdir()
+
+        def shard() -> None:
+            name = f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"  # as torch names them
+            if parts:
+                entries[name] = state.write_shard(waiting / name, parts)
+
+        def end() -> None:
+            listed = {name: entry for each in everyone for name, entry in each.items()}
+            listed[state.CONTENT] = state.write_json(waiting / state.CONTENT, document)
+            state.write_json(waiting / state.DIGESTS, {"files": listed})
+            state.commit(folder)
+
+        try:
+            self._agree(begin if rank == 0 else None)
+            self._agree(shard)
+            everyone = self._gather(entries)
+            self._agree(end if rank == 0 else None)
+        except BaseException:
+            if rank == 0:
+                shutil.rmtree(waiting, ignore_errors=True)
+            raise
+
+        def finish() -> None:
+            if save.labels:
+                first, *others = save.labels
+                consolidate(folder, first, large=extra > LARGE_BYTES)
+                for label in others:
+                    files.alias(save.path, label)
+            files.tidy(self.folder, save.step, self.keep)
+            self.on_complete(save.labels)
+
+        self._agree(finish if rank == 0 else None)  # all ranks know whether it was saved
+
+    def _gather(self, value: Any) -> list[Any]:
+        """Every rank's value."""
+        if not dist.is_initialized():
+            return [value]
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, value, group=self._group)
+        return everyone
+
+    def _agree(self, action: Callable[[], None] | None) -> None:
+        """Runs it; the first rank's error is raised on all."""
+        error = None
+        try:
+            if action is not None:
+                action()
+        except Exception as caught:
+            error = caught
+        errors = [e for e in self._gather(error) if e is not None]
+        if errors:
+            raise error or errors[0]
+
+
+def check_space(folder: Path, needed: int, step: int) -> None:
+    """Raises OSError with both numbers where a save does not fit on the disk."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            28,
+            f"the checkpoint of step {step} needs {needed:,} bytes, and {folder} has {free:,} bytes free: nothing "
+            "was written, earlier checkpoints are unchanged",
+        )
+
+
+def consolidate(folder: Path, label: str, *, large: bool) -> None:
+    """`files.consolidate`, in a process of its own where it is large. Raises OSError with its message."""
+    if not large:
+        files.consolidate(folder, label)
+        return
+    # a signal to the whole job must not end it half-way: its parent waits for it
+    script = (
+        "import signal, sys\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)\n"
+        "from pathlib import Path; from open_lm.checkpoint import files; import torch; torch.set_num_threads(1)\n"
+        "try: files.consolidate(Path(sys.argv[1]), sys.argv[2])\n"
+        "except OSError as error: sys.exit(str(error))\n"
+    )
+    environment = environment_without_ranks(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", script, str(folder), label]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise OSError(f"epoch_{label}.pt could not be made of {folder}: {done.stderr.strip()[-2000:]}")
+
+
+def environment_without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Without what would make a process believe to be one of the run's; finds the same open_lm."""
+    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    package = str(Path(__file__).parents[2])
+    paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
+    return {k: v for k, v in environment.items() if k not in ranks} | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,182 @@
+"""A run's saves: when, of what, and what is said about them."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from open_lm import checkpoint
+from open_lm.averaging import Average
+from open_lm.checkpoint.saver import FLUSH_SECONDS
+from open_lm.checkpoint.sync import Sync, delete_before
+from open_lm.config.checkpoint import CheckpointConfig
+from open_lm.config.parse import flag_values
+from open_lm.job import Job
+from open_lm.log import Log, logger
+from open_lm.metrics import Progress
+from open_lm.optim import LossScale
+from open_lm.parallel.mesh import broadcast_object
+
+
+class Saves:
+    """Saves `job`'s state at the ends of intervals, between them, and when asked. All ranks call alike.
+
+    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint. `extra` (plain JSON)
+    is saved as it is at the time, and comes back as the state's "extra".
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        log: Log,
+        *,
+        loss_scale: LossScale | None,
+        averages: Sequence[Average],
+        extra: dict[str, Any],
+        sync: Sync | None,
+        written: list[str],
+    ) -> None:
+        self.job, self.progress, self.log = job, progress, log
+        self.loss_scale, self.extra, self.sync, self.written = loss_scale, extra, sync, written
+        self.options = job.run.checkpoint
+        self.due = Due(self.options, progress)
+        self.saved_step = progress.step if job.start and job.start.state is not None else -1
+        self.failed: Exception | None = None
+        self.saver = checkpoint.Saver(
+            job.folder / "checkpoints",
+            model=model,
+            optimizer=optimizer,
+            averages=averages,
+            keep=self.options.keep_last_states,
+            on_complete=self._complete,
+        )
+
+    def __enter__(self) -> "Saves":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """`close`, whatever ends the run."""
+        self.close(failed=kind is not None)
+
+    def end_interval(self, n: int, last: bool) -> None:
+        """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`."""
+        every = self.options.save_frequency
+        keep = last or (every and n % every == 0)
+        labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * self.options.save_most_recent
+        if labels:
+            self._save(labels, n)
+        else:
+            self.if_due()
+
+    def if_due(self) -> None:
+        """After a step: saves where a --save-every flag says so, and logs the saves that have ended."""
+        if reason := self.due.reason(self.progress):
+            self.save_state(reason)
+        else:
+            self._report()
+
+    def save_state(self, reason: str) -> None:
+        """Saves the state of the present step, unless it is saved; for people, `reason` says why."""
+        if self.progress.step == self.saved_step:
+            self.saver.wait()  # all ranks then know whether it was
+            self._report()
+        if self.progress.step == 0 or (self.progress.step == self.saved_step and self.failed is None):
+            logger.info("step %d: nothing new to save (%s)", self.progress.step, reason)
+            return
+        logger.info("saving step %d: %s", self.progress.step, reason)
+        self._save([], self.job.schedule.interval_of(self.progress.step - 1) if self.job.schedule else 0)
+
+    def close(self, failed: bool = False) -> None:
+        """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
+        self.saver.wait(FLUSH_SECONDS if failed else None)
+        self._report()
+        if self.failed is not None and not failed:
+            raise self.failed
+
+    def _save(self, labels: list[str], n: int) -> None:
+        self.saver.wait()  # then `written` is up to date
+        self._report()
+        assert self.job.train_data is not None
+        progress = self.progress
+        content = {
+            "name": self.job.folder.name,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "progress": progress.to_dict(),
+            "loss_scale": self.loss_scale.state_dict() if self.loss_scale else None,
+            "data": self.job.train_data.fingerprint(),
+            "flags": flag_values(self.job.run),
+            "written": list(self.written),
+            "extra": self.extra,
+        }
+        self.saver.save(content, number=n, labels=labels)
+        self.saved_step = progress.step
+        self.due.saved(progress)
+
+    def _report(self) -> None:
+        """Logs the saves that have ended."""
+        for save in self.saver.finished():
+            self.failed = save.error
+            if save.error is not None:
+                logger.warning(
+                    "step %d could not be saved: %s; training goes on, the next save tries again",
+                    save.step, save.error,
+                )  # fmt: skip
+                continue
+            logger.info(
+                "saved %s at step %d: %s bytes in %.1f s, the loop waited %.2f s",
+                save.path, save.step, f"{save.size:,}", save.write_seconds, save.stall_seconds,
+            )  # fmt: skip
+            entry = {
+                "checkpoint/step": save.step,
+                "checkpoint/bytes": save.size,
+                "checkpoint/write_seconds": save.write_seconds,
+                "checkpoint/stall_seconds": save.stall_seconds,
+            }
+            self.log.metrics(entry, self.progress.step)
+
+    def _complete(self, labels: tuple[str, ...]) -> None:
+        """By the thread of rank 0, when all of a checkpoint is on disk."""
+        options = self.options
+        for label in labels:
+            if label == checkpoint.LATEST or not options.delete_previous_checkpoint:
+                continue
+            if label in self.written:  # written again: it was cut short
+                self.written.remove(label)
+            self.written.append(label)
+            if self.sync is None:
+                delete_before(self.job.folder, self.written, label, keep_every=options.keep_every)
+        if self.sync is not None:
+            self.sync.wake()
+
+
+class Due:
+    """Whether --save-every-steps, -tokens or -minutes asks for a save after a step; the same on all ranks."""
+
+    def __init__(self, options: CheckpointConfig, progress: Progress) -> None:
+        self.options = options
+        self.saved(progress)
+
+    def saved(self, progress: Progress) -> None:
+        """A save began."""
+        self._time = time.monotonic()
+        self._tokens = progress.tokens  # after the step before
+
+    def reason(self, progress: Progress) -> str | None:
+        """Which flag; None for none. Collective with --save-every-minutes."""
+        options, before = self.options, self._tokens
+        self._tokens = progress.tokens
+        if options.save_every_steps and progress.step % options.save_every_steps == 0:
+            return f"--save-every-steps {options.save_every_steps}"
+        every = options.save_every_tokens
+        if every and progress.tokens // every > before // every:
+            return f"--save-every-tokens {every}"
+        minutes = options.save_every_minutes
+        if minutes and broadcast_object(time.monotonic() - self._time >= 60 * minutes):
+            return f"--save-every-minutes {minutes:g}"
+        return None
