@@ -136,7 +136,12 @@ class Sync:
         for parent, _, names in os.walk(self.folder):
             for name in sorted(names):
                 path = Path(parent, name)
-                if not name.endswith(TEMPORARY) and path.is_file() and not path.is_symlink():
+                if (
+                    name != ".owner.json"
+                    and not name.endswith(TEMPORARY)
+                    and path.is_file()
+                    and not path.is_symlink()
+                ):
                     files[path.relative_to(self.folder).as_posix()] = path
         return files
 
