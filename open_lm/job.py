@@ -86,10 +86,7 @@ def prepare(
 ) -> Job:
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
-    name = run.log.name or mesh.broadcast_object(
-        on_first_rank(lambda: mesh.agreed_name(default_name(run, batch)))
-    )
-    folder = Path(run.log.logs) / name
+    folder = Path(run.log.logs) / (run.log.name or mesh.agreed_name(default_name(run, batch)))
     averagers = parse_averagers(run.averaging.averagers)
     # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
     found = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers)))

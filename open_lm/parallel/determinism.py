@@ -18,10 +18,10 @@ def make_deterministic() -> list[str]:
         raise SystemExit(
             f"--deterministic: {WORKSPACE}={given} in the environment; expected :4096:8 or :16:8"
         )
-    # what Inductor would time and choose by, and its atomics
     os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE", "0")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
+    # nothing reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
         False  # nothing reads memory that it has not written
     )
     torch.backends.cudnn.benchmark = False
