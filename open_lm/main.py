@@ -135,7 +135,7 @@ def execute(job: Job) -> None:
         else:
             train_all(job, job.schedule, model, log, sync, written)
     except StopAsked:
-        logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.reason)
+        logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.why())
     except Exception as error:
         world.watch.fail(error)
         raise

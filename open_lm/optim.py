@@ -144,7 +144,8 @@ class LossSpikes:
     """Which losses are spikes: above median + `factor` * 1.4826 * MAD of the last `window` accepted ones.
 
     1.4826 * MAD is the standard deviation where the losses scatter normally. All is on the device, in float64, of
-    losses that are equal on all ranks, so all decide alike and nothing waits. Nothing is a spike until the window is full.
+    losses that are equal on all ranks, so all decide alike and nothing waits. Nothing is a spike until the window
+    is full.
     """
 
     LEAST_SPREAD = 1e-4  # of the median: losses that hardly differ have no spikes within rounding

@@ -248,7 +248,7 @@ def train(
         if agreed.stops or batch is LEFT:
             keep_statistics(progress, skips, spikes)
             log.end_progress()
-            save_state(watch.reason)
+            save_state(watch.why())
             raise StopAsked
         if averaged_loss_every and (step + 1) % averaged_loss_every == 0:
             log_averaged_losses(

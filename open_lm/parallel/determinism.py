@@ -22,8 +22,6 @@ def make_deterministic() -> list[str]:
     torch.use_deterministic_algorithms(True)
     # nothing reads memory that it has not written
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore
-        False  # nothing reads memory that it has not written
-    )
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.enable_cudnn_sdp(False)
     return ["--deterministic: slower; docs/running.md says by how much"]

@@ -111,6 +111,13 @@ class Watch:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
         return self._asked.is_set()
 
+    def why(self) -> str:
+        """The signal and the rank that it came to, once the ranks have agreed to stop."""
+        if not self.reason and self._store is not None:
+            with suppress(Exception):
+                self.reason = self._store.get("stop").decode()
+        return self.reason or "a signal"
+
     def fail(self, error: BaseException) -> None:
         """This rank ends by `error`: the others need not wait for it. Returns once they have ended, so that the
         first error is what is printed last; where another rank was first, says so and ends the process."""
