@@ -186,7 +186,7 @@ def s3_faults(folder: Path, quick: bool) -> str:
         assert asked == 1, f"a 403 was asked for {asked} times"
         said = denied.text().strip().splitlines()[-1]
         assert "access is denied" in said, said
-    return f"{attempts} attempts failed and were made again, losses as from local files; 403: one request, “{said[-110:]}”"
+    return f"{attempts} attempts made again, losses as from local files; 403: 1 request, “{said[-90:]}”"
 
 
 @fault(18, "a token id outside of the vocabulary", "an error with shard and sample, before the embedding")

@@ -197,7 +197,8 @@ def measure() -> None:
 
 
 FAULTS = {f.__name__: f for f in (slow, sleep, fail, nan, spike, record_state, record_tokens, stall_data,
-                                  slow_evaluation, fail_in_evaluation, kill_at_file, slow_files, measure)}  # fmt: skip
+                                  slow_evaluation, fail_in_evaluation, kill_at_file, slow_files,
+                                  measure)}  # fmt: skip
 
 if __name__ == "__main__":
     for fault in filter(None, os.environ.get("FAULTS", "").split(";")):

@@ -50,7 +50,8 @@ def stop_signals(folder: Path, quick: bool) -> str:
         ranks = run(place, f"{LONG} --resume latest --max-steps {saved_step(ranks) + 1}", ranks=2)
         assert resumed_step(ranks) > 0, ranks.text()
     place = folder / "evaluation"
-    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json --global-val-batch-size 2"
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json"
+    flags += " --global-val-batch-size 2"
     ranks = Ranks(place, flags, ranks=2, faults="slow_evaluation:0.2")
     ranks.until(lambda: (place / "evaluating_0").exists())
     seen.append(f"in evaluation: {end_by(ranks, 1, signal.SIGTERM)}")
@@ -177,8 +178,8 @@ def leaks(folder: Path, quick: bool) -> str:
     growth = last["mib"] - first["mib"]
     assert growth < 8 + 0.02 * first["mib"], usage
     return (
-        f"steps {first['step']} to {last['step']}: {first['mib']:.1f} to {last['mib']:.1f} MiB, {first['files']} to "
-        f"{last['files']} open files, {first['threads']} to {last['threads']} threads"
+        f"steps {first['step']} to {last['step']}: {first['mib']:.0f} to {last['mib']:.0f} MiB, {first['files']} "
+        f"to {last['files']} open files, {first['threads']} to {last['threads']} threads"
     )
 
 
