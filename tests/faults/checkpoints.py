@@ -82,7 +82,9 @@ def kill_in_save(folder: Path, quick: bool) -> str:
         shutil.rmtree(place)
         number = number * 3 if quick else number + 1
     assert touched
-    return f"killed before {len(touched)} file operations ({', '.join(dict.fromkeys(touched))}): always 3 or 6"
+    return (
+        f"killed before {len(touched)} file operations ({', '.join(dict.fromkeys(touched))}): always 3 or 6"
+    )
 
 
 @fault(3, "killed while a save is being written", "`latest` means the one before")

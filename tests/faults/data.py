@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import logging
 import os
 import tarfile
 import urllib.request
@@ -11,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import write_source
 from tests.data.faults import FaultProxy
-from tests.faults.runs import MOE, Ranks, fault, last_step, losses, run, source, steps
+from tests.faults.runs import ANYWHERE, Ranks, fault, last_step, losses, run, source, steps
 
 
 def tokens_of(folder: Path, ranks: int) -> dict[int, list]:
@@ -31,7 +33,7 @@ def tokens_of(folder: Path, ranks: int) -> dict[int, list]:
     "the same order of tokens, unsorted; losses to 1e-6",
 )
 def other_ranks(folder: Path, quick: bool) -> str:
-    flags = f"{source(folder)} --workers 0 {MOE} {steps(4, 12)}"
+    flags = f"{source(folder)} --workers 0 {ANYWHERE} {steps(4, 12)}"
     run(folder / "one", flags, faults="record_tokens")
     expected, loss = tokens_of(folder / "one", 1), losses(folder / "one")
     worst = 0.0
@@ -109,6 +111,7 @@ def s3() -> Iterator[tuple[FaultProxy, Any, dict[str, str]]]:
     import boto3
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -128,8 +131,8 @@ def s3() -> Iterator[tuple[FaultProxy, Any, dict[str, str]]]:
         server.stop()
 
 
-def upload(client: Any, folder: Path) -> None:
-    source(folder)
+def upload(client: Any, folder: Path, shards: int = 2) -> None:
+    write_source(folder / "data", [200 // shards] * shards, 16, 16, seed=1)
     for path in (folder / "data").iterdir():
         client.put_object(Bucket="bucket", Key=path.name, Body=path.read_bytes())
 
@@ -145,22 +148,24 @@ def remote_flags(place: Path, interval: int, total: int) -> str:
 def vanishing_shard(folder: Path, quick: bool) -> str:
     seen = []
     with s3() as (proxy, client, environment):
-        upload(client, folder)
+        upload(client, folder, shards=100)  # 64 of a source are open at a time
+        names = [f"shard_{number:08d}.tar" for number in range(100)]
         for status, expected in (("503", "failed 3 times"), ("404", "no such file")):
             place = folder / status
             flags = remote_flags(place, 100, 400) + " --data-cache-gib 0 --disable-buffer"
             ranks = Ranks(place, flags, environment=environment, faults="slow:0.05")
             ranks.until_step(2)
-            for method in ("GET", "HEAD"):
-                proxy.add("shard_00000001.tar", *[status] * 200, method=method)
-            (place / "cache").exists()
+            asked = len(proxy.requests)
+            for name in names:
+                for method in ("GET", "HEAD"):
+                    proxy.add(name, *[status] * 50, method=method)
             (code,) = ranks.wait(120)
             assert code, "trained on without the shard"
-            said = [line for line in ranks.text().splitlines() if "shard_00000001.tar" in line][-1]
+            met = {Path(request.path.partition("?")[0]).name for request in proxy.requests[asked:]}
+            said = [line for line in ranks.text().splitlines() if any(name in line for name in met)][-1]
             assert expected in said, said
             seen.append(f"{status}: status {code} after step {last_step(place)}, “{said[-140:]}”")
-            for queue in proxy.faults.values():
-                queue.clear()
+            proxy.faults.clear()
     return "; ".join(seen)
 
 

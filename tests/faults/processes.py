@@ -206,7 +206,14 @@ def secrets(folder: Path, quick: bool) -> str:
     ranks.until_step(2)
     title = Path(f"/proc/{ranks.processes[0].pid}/cmdline").read_bytes()
     ranks.ends(0)
-    report = [sys.executable, "-m", "open_lm.report", str(folder / "run/run")]
+    report = [
+        sys.executable,
+        "-m",
+        "open_lm.report",
+        str(folder / "run/run"),
+        "--output",
+        f"{folder}/report.html",
+    ]
     subprocess.run(
         report,
         cwd=ROOT,

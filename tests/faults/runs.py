@@ -19,6 +19,8 @@ from tests.conftest import free_port, write_source
 
 ROOT = Path(__file__).parents[2]
 MOE = "--moe-freq 2 --moe-num-experts 4"
+# The same numbers wherever the tokens are: no dropping by a micro-batch's capacity, no loss of a rank's own counts
+ANYWHERE = f"{MOE} --moe-capacity-factor 0 --moe-balance global"
 # 8 sequences of 16 tokens a step
 BASE = (
     "--model open_lm_test_tiny --precision fp32 --global-batch-size 8 --lr 1e-3 --eps 1e-6 --warmup 2 "
