@@ -65,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             if owner:
                 owner.release()
-    except StopAsked:
-        pass
     finally:
         world.watch.close()
         mesh.stop()
@@ -141,6 +139,7 @@ def execute(job: Job) -> None:
         raise
     finally:
         failed = sys.exc_info()[0] is not None
+        world.watch.rest()
         log.close_metrics(failed)  # what they still held belongs into the last copy
         if sync is not None:
             copied = sync.close()

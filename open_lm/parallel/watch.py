@@ -92,8 +92,7 @@ class Watch:
         self._poke()
         self._thread.join(GRACE_SECONDS)
         self._thread = None
-        if self.hang_seconds:
-            faulthandler.cancel_dump_traceback_later()
+        self.rest()
         if self._previous:
             signal.set_wakeup_fd(self._previous_fd)
             for number, handler in self._previous.items():
@@ -106,6 +105,12 @@ class Watch:
     def at(self, phase: str, step: int | None = None) -> None:
         """The rank has got on: it begins `phase`."""
         self.state = State(phase, self.state.step if step is None else step, time.monotonic())
+
+    def rest(self) -> None:
+        """From now on nothing is a hang: last copies and sinks have limits of their own."""
+        if self.hang_seconds:
+            self.hang_seconds = 0.0
+            faulthandler.cancel_dump_traceback_later()
 
     def asked(self) -> bool:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
