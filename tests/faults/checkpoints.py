@@ -94,11 +94,10 @@ def kill_in_flush(folder: Path, quick: bool) -> str:
     ranks.until(lambda: (folder / "touching").exists())
     time.sleep(0.5)
     ranks.kill()
+    step = last_step(folder)
     again = run(folder, f"{flags} --resume latest --max-steps 4")
     assert resumed_step(again) == 3, again.text()
-    return (
-        f"killed 0.5 s into the save of step 6 (training was at step {last_step(folder)}); resumed at step 3"
-    )
+    return f"killed 0.5 s into the save of step 6 (training was at step {step}); resumed at step 3"
 
 
 def two_checkpoints(folder: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,7 +38,7 @@ def saved_step(ranks: Ranks) -> int:
 
 @fault(
     4,
-    "SIGTERM or Slurm's SIGUSR1 to one of two ranks: in a step, in evaluation, while the data stall",
+    "SIGTERM or Slurm's SIGUSR1 to one of two ranks: in a step, in evaluation, compiling, while the data stall",
     "all save one step, each ends with 0 within a step; the evaluation is made up for",
 )
 def stop_signals(folder: Path, quick: bool) -> str:
@@ -64,6 +65,15 @@ def stop_signals(folder: Path, quick: bool) -> str:
         ranks.until_step(4)
         time.sleep(1)
         seen.append(f"data stalled, rank {rank} told: {end_by(ranks, rank, signal.SIGTERM)}")
+    if not quick and shutil.which("g++"):
+        place = folder / "compiling"
+        ranks = Ranks(place, f"{LONG} --torchcompile", faults="slow:0.01")
+        ranks.until(lambda: "1 rank on cpu" in ranks.text())
+        time.sleep(2)
+        assert last_step(place) == 0, "compiled already"
+        ranks.signal(0, signal.SIGTERM)
+        ranks.ends(0)
+        seen.append(f"compiling: 0, step {saved_step(ranks)} saved once that step was done")
     return "; ".join(seen)
 
 
