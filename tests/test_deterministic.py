@@ -1,4 +1,4 @@
-"""--deterministic: the same bits twice, also where rows are added without a fixed number per token (expert choice)."""
+"""--deterministic: the same bits twice, also where tokens have unlike numbers of rows (expert choice)."""
 
 import hashlib
 import os
