@@ -1,5 +1,6 @@
 # make demo   installs, trains a dense and an MoE model on real text, evaluates both, writes a report
 # make test   installs, runs the whole suite
+# make faults  installs, does 27 faults to real runs and shows what was seen; ONLY=4,16 does some
 # PIP_ARGS    extra pip arguments, e.g. PIP_ARGS="--extra-index-url URL" for torch's CPU wheels
 # PYTHON      the Python (3.11 or newer) that the virtual environment is made with
 
@@ -8,13 +9,16 @@ PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test faults lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/python moe/demo.py
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
+
+faults: $(VENV)/installed-dev
+	$(BIN)/python -m tests.faults $(if $(ONLY),--only $(ONLY))
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

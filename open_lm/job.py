@@ -19,6 +19,7 @@ from open_lm.data.cache import find_cache
 from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
+from open_lm.log.owner import refuse_owned
 from open_lm.moe.backends import select
 from open_lm.moe.notes import notes as notes_on_experts
 from open_lm.nn.attention import load_xformers
@@ -56,7 +57,7 @@ def prepare(
 ) -> Job:
     """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
     batch = divide_batch(run.optim, world.world_size)
-    folder = mesh.broadcast_object(Path(run.log.logs) / (run.log.name or default_name(run, batch)))
+    folder = Path(run.log.logs) / (run.log.name or mesh.agreed_name(default_name(run, batch)))
     averagers = parse_averagers(run.averaging.averagers)
     # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
     found = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers)))
@@ -148,6 +149,7 @@ def look_around(
     run: RunConfig, folder: Path, averagers: Sequence[Averager]
 ) -> tuple[Start | None, tuple[str, ...]]:
     """What the run starts from, and what there is to warn of; the run's folder can be written to. For rank 0."""
+    refuse_owned(folder)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)

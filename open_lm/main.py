@@ -4,39 +4,44 @@ python -m open_lm.main --help
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from open_lm import checkpoint
 from open_lm.averaging import Average
 from open_lm.checkpoint.start import remote_folder
 from open_lm.checkpoint.sync import Sync
 from open_lm.config.averaging import NONE, coefficients_of
-from open_lm.config.check import check, starts_from_checkpoint
+from open_lm.config.check import check, starts_from_checkpoint, trains
 from open_lm.config.parse import config_text, flag_values, parse
+from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
+from open_lm.config.survival import after_restart, refuse_nondeterministic
 from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, prepare
 from open_lm.log import Log, logger
+from open_lm.log.owner import Owner
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
-from open_lm.parallel.gather import gather_objects, on_first_rank
-from open_lm.parallel.launch import claimed_rank, find_ranks
+from open_lm.parallel.determinism import make_deterministic
+from open_lm.parallel.gather import on_first_rank
+from open_lm.parallel.launch import count_restarts, find_ranks
 from open_lm.parallel.plan import parallelize
+from open_lm.parallel.process import Recorder, hide_arguments
+from open_lm.parallel.refusal import agree, refusing
+from open_lm.parallel.watch import StopAsked
 from open_lm.saves import Saves
 from open_lm.train import train
 from open_lm.validation import evaluate_all, evaluate_average, find_owed_evaluation
-
-T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,49 +55,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"rank {ranks.rank} is not needed with --preset-world-size {ranks.world_size}: it ends")
             return
         divide_batch(run.optim, ranks.world_size)
+    if run.optim.deterministic:
+        notes += make_deterministic()
+    run, continued = after_restart(run, count_restarts(), trains(run))
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        execute(agree(lambda: prepare(run, config, given, world, notes)))
+        job = agree(lambda: prepare(run, config, given, world, notes + continued))
+        owner = agree(lambda: own(job))
+        try:
+            execute(job)
+        finally:
+            if owner:
+                owner.release()
     finally:
+        world.watch.close()
         mesh.stop()
 
 
-@contextmanager
-def refusing(every_rank: bool = False) -> Iterator[None]:
-    """Turns an error in flags or files, met before any work, into one message and exit status 2.
-
-    All ranks meet the same error and rank 0 shows it, or, with `every_rank`, each shows its own.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        rank = claimed_rank()
-        if rank == 0 or every_rank:
-            where = f"[rank {rank}] " if rank else ""
-            print(f"open_lm.main: error: {where}{error}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+def command() -> None:
+    """`main` as a process: what ends it is shown without secrets, also by torchrun, as its last words."""
+    arguments, sys.argv = sys.argv, list(map(redact, sys.argv))
+    hide_arguments(arguments)
+    sys.excepthook = lambda kind, error, trace: print(
+        redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True
+    )
+    record(main, Recorder())(arguments[1:])
 
 
-def agree(prepare: Callable[[], T]) -> T:
-    """`prepare()` on every rank; if it fails on any, all end with status 2 and rank 0 prints the first error.
-
-    A file may be missing on one host alone; the other ranks must not wait for that rank.
-    """
-    result, error = None, None
-    try:
-        result = prepare()
-    except (ValueError, OSError, ImportError) as caught:
-        error = caught
-    errors = gather_objects(None if error is None else str(error))
-    first = next((rank for rank, message in enumerate(errors) if message is not None), None)
-    if first is not None:
-        if mesh.this_rank() == 0:
-            where = f"[rank {first}] " if first else ""
-            print(f"open_lm.main: error: {where}{errors[first]}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
-    assert result is not None
-    return result
+def own(job: Job) -> Owner | None:
+    """The run's folder, for this process alone: on rank 0. Raises ValueError where another one has it."""
+    if job.run.optim.deterministic:
+        refuse_nondeterministic(job.config)
+    return Owner(job.folder) if job.world.is_first else None
 
 
 def execute(job: Job) -> None:
@@ -101,6 +96,8 @@ def execute(job: Job) -> None:
     log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
     total, active = count_parameters(job.config)
     written, sync, copied = checkpoints_before(job), None, True
+    world.watch.folder = str(job.folder)
+    mesh.record_collectives(str(job.folder))
     try:
         log.describe(
             flag_values(run),
@@ -138,8 +135,14 @@ def execute(job: Job) -> None:
             evaluate_once(job, model, log)
         else:
             train_all(job, job.schedule, model, log, sync, written)
+    except StopAsked:
+        logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.why())
+    except Exception as error:
+        world.watch.fail(error)
+        raise
     finally:
         failed = sys.exc_info()[0] is not None
+        world.watch.rest()
         log.close_metrics(failed)  # what they still held belongs into the last copy
         if sync is not None:
             copied = sync.close()
@@ -309,6 +312,8 @@ def train_all(
             loss_scale=loss_scale,
             end_interval=end_interval,
             save_if_due=saves.if_due,
+            save_state=saves.save_state,
+            name_samples=data.name_samples,
             averages=averages,
             averaged_loss_every=run.averaging.log_avg_model_training_loss,
             bad_sample_limit=run.data.bad_sample_limit,
@@ -316,4 +321,4 @@ def train_all(
 
 
 if __name__ == "__main__":
-    main()
+    command()

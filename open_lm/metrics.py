@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,16 @@ class Progress:
     """Targets trained on."""
     skipped_updates: int = 0
     """Steps whose loss or gradient was not finite, so that nothing was changed."""
+    skipped_spikes: int = 0
+    """Steps whose loss was a spike (--skip-loss-spikes), so that nothing was changed."""
+    skipped_in_a_row: int = 0
+    """Of both kinds, up to now."""
+    accepted_losses: list[float] = field(default_factory=list)
+    """The last ones, oldest first, that --skip-loss-spikes looks back on."""
     bad_samples: int = 0
     """Samples that were masked: too short, or unreadable under --ignore-parse-errors; of all ranks."""
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -52,20 +58,22 @@ class StepResult(NamedTuple):
 
 
 class Skips:
-    """Counts updates that were skipped because loss or gradient was not finite, on the device."""
+    """Counts updates that were skipped, on the device."""
 
-    def __init__(self, total: int, device: torch.device) -> None:
-        self.total_and_row = torch.tensor([total, 0], device=device)
+    def __init__(self, progress: Progress, device: torch.device) -> None:
+        counts = (progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row)
+        self.counts = torch.tensor(counts, device=device)
 
-    def add_(self, finite: Tensor) -> None:
-        """Count a step."""
-        skipped = 1 - finite.long()
-        self.total_and_row = (self.total_and_row + skipped) * torch.stack((torch.ones_like(skipped), skipped))
+    def add_(self, finite: Tensor, accepted: Tensor) -> None:
+        """Count a step: whether it was finite, and no spike either."""
+        skipped = 1 - accepted.long()
+        kinds = torch.stack((1 - finite.long(), (finite & ~accepted).long(), skipped))
+        self.counts = (self.counts + kinds) * torch.stack((*torch.ones_like(kinds)[:2], skipped))
 
-    def read(self) -> tuple[int, int]:
-        """(Skipped in all, the last ones in a row)."""
-        total, row = self.total_and_row.tolist()
-        return total, row
+    def read(self, progress: Progress) -> None:
+        """Brings `progress` up to date; waits for the device."""
+        counts = self.counts.tolist()
+        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row = counts
 
 
 class Clock:
@@ -143,6 +151,7 @@ class Window:
             "train/lr": rate,
             "train/tokens": progress.tokens,
             "train/skipped_updates": progress.skipped_updates,
+            "train/skipped_spikes": progress.skipped_spikes,
             "train/bad_samples": progress.bad_samples,
             # open_lm's "samples" are tokens
             "train/samples_per_second": speed,
@@ -202,6 +211,8 @@ def describe(entry: dict[str, Any], progress: Progress, schedule: Schedule) -> s
         parts.append(f"dropped {dropped:.1%}")
     if progress.skipped_updates:
         parts.append(f"{progress.skipped_updates} updates skipped")
+    if progress.skipped_spikes:
+        parts.append(f"{progress.skipped_spikes} spikes skipped")
     if progress.bad_samples:
         parts.append(f"{progress.bad_samples} bad samples")
     return " | ".join(parts)

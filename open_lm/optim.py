@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -128,16 +128,60 @@ def is_finite(*tensors: Tensor) -> Tensor:
     return torch.stack([t.detach().isfinite().all() for t in tensors]).all()
 
 
-def update_(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """`optimizer.step()` where `finite` (0-d bool) holds; else no weight, moment or count changes. No host sync,
+def update_(optimizer: torch.optim.Optimizer, accepted: Tensor) -> None:
+    """`optimizer.step()` where `accepted` (0-d bool) holds; else no weight, moment or count changes. No host sync,
     unless the weights are offloaded to host memory.
 
     The fused optimizers read `found_inf` on the device, as torch's GradScaler has them do.
     """
     # torch's own copy to the host would not wait for the value
-    found_inf = (~finite).float().to(optimizer.param_groups[0]["params"][0].device)
+    found_inf = (~accepted).float().to(optimizer.param_groups[0]["params"][0].device)
     optimizer.found_inf = found_inf  # pyright: ignore[reportAttributeAccessIssue]
     optimizer.step()
+
+
+class LossSpikes:
+    """Which losses are spikes: above median + `factor` * 1.4826 * MAD of the last `window` accepted ones.
+
+    1.4826 * MAD is the standard deviation where the losses scatter normally. All is on the device, in float64, of
+    losses that are equal on all ranks, so all decide alike and nothing waits. Nothing is a spike until the window
+    is full.
+    """
+
+    LEAST_SPREAD = 1e-4  # of the median: losses that hardly differ have no spikes within rounding
+
+    def __init__(
+        self, factor: float, window: int, device: torch.device, losses: Sequence[float] = ()
+    ) -> None:
+        """`losses`: the last accepted ones of a run that goes on, oldest first."""
+        self.factor, self.window = factor, window
+        kept = list(losses)[-window:]
+        self.losses_W = torch.full((window,), math.nan, dtype=torch.float64, device=device)
+        if kept:
+            self.losses_W[window - len(kept) :] = torch.tensor(kept, dtype=torch.float64, device=device)
+
+    def is_spike(self, loss: Tensor) -> Tensor:
+        """A 0-d bool of a step's mean loss. No host sync."""
+        median = _middle(self.losses_W)
+        spread = 1.4826 * _middle((self.losses_W - median).abs())
+        limit = median + self.factor * torch.maximum(spread, self.LEAST_SPREAD * median.abs())
+        return loss.to(limit.dtype) > limit  # never of a window that holds NaN
+
+    def add_(self, loss: Tensor, accepted: Tensor) -> None:
+        """The step's loss joins the window where it was `accepted` (0-d bool), and the oldest leaves it."""
+        moved_W = torch.cat((self.losses_W[1:], loss.detach().to(self.losses_W.dtype)[None]))
+        self.losses_W = torch.where(accepted, moved_W, self.losses_W)
+
+    def read(self) -> list[float]:
+        """The accepted losses, oldest first; waits for the device."""
+        return [loss for loss in self.losses_W.tolist() if not math.isnan(loss)]
+
+
+def _middle(x_W: Tensor) -> Tensor:
+    """The median; NaN of values that hold one. By a sort: torch's median has no deterministic kernel for GPUs."""
+    sorted_W = x_W.sort().values
+    low, high = (len(x_W) - 1) // 2, len(x_W) // 2
+    return torch.where(x_W.isnan().any(), math.nan, (sorted_W[low] + sorted_W[high]) / 2)
 
 
 class LossScale:

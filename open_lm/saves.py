@@ -1,7 +1,7 @@
 """A run's saves: when, of what, and what is said about them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from open_lm.log import Log, logger
 from open_lm.metrics import Progress
 from open_lm.optim import LossScale
 from open_lm.parallel.mesh import broadcast_object
+from open_lm.parallel.watch import StopAsked
 
 
 class Saves:
@@ -60,8 +61,8 @@ class Saves:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """`close`, whatever ends the run."""
-        self.close(failed=kind is not None)
+        """`close`, whatever ends the run: a run that was stopped has not failed, unless its save has."""
+        self.close(failed=kind is not None and not issubclass(kind, StopAsked))
 
     def end_interval(self, n: int, last: bool) -> None:
         """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`."""
@@ -73,9 +74,13 @@ class Saves:
         else:
             self.if_due()
 
-    def if_due(self) -> None:
-        """After a step: saves where a --save-every flag says so, and logs the saves that have ended."""
+    def if_due(self, update: Callable[[], None] = lambda: None) -> None:
+        """After a step: saves where a --save-every flag says so, and logs the saves that have ended.
+
+        `update` brings the progress up to date before it is saved.
+        """
         if reason := self.due.reason(self.progress):
+            update()
             self.save_state(reason)
         else:
             self._report()
@@ -93,12 +98,14 @@ class Saves:
 
     def close(self, failed: bool = False) -> None:
         """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
+        self.job.world.watch.at("saving")
         self.saver.wait(FLUSH_SECONDS if failed else None)
         self._report()
         if self.failed is not None and not failed:
             raise self.failed
 
     def _save(self, labels: list[str], n: int) -> None:
+        self.job.world.watch.at("saving")
         self.saver.wait()  # then `written` is up to date
         self._report()
         assert self.job.train_data is not None

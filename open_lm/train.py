@@ -5,6 +5,7 @@ Shapes: B sequences of this rank's batch, S positions.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
 from open_lm.data.batches import Batch
+from open_lm.data.waiting import LEFT, Left, waiting
+from open_lm.debug import end_skipping
 from open_lm.log import Log, logger
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
@@ -23,6 +26,7 @@ from open_lm.moe.balance import update_bias_
 from open_lm.moe.stats import RouterStats, pack, router_loss, unpack
 from open_lm.optim import (
     LossScale,
+    LossSpikes,
     clip_,
     grad_norm,
     is_finite,
@@ -31,13 +35,11 @@ from open_lm.optim import (
     set_learning_rate_,
     update_,
 )
-from open_lm.parallel.gather import gather_objects
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync, routers
+from open_lm.parallel.watch import StopAsked
+from open_lm.skips import BadSamples, keep_statistics, look_at
 
-MAX_SKIPS = 100  # non-finite steps in a row that end a run
-SCALE_STEPS = 16  # updates in a row that finding a fp16 loss scale may cost
-NAMED_SAMPLES = 20  # bad samples that the log names
 LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
 
 
@@ -51,14 +53,16 @@ def accumulate_gradients(
     world: World,
     loss_scale: float,
     clock: Clock,
+    agreed: "Agreed | None" = None,
+    compiling: bool = False,
 ) -> StepResult:
     """Gradients of the whole batch's objective: mean cross-entropy over its tokens (+ z-loss), and the router
     losses as means over MoE layers and micro-batches. Equal to one large batch, whatever the slicing.
 
-    Padding (`real_positions`) is routed to no expert and counts in no router loss.
+    Padding (`real_positions`) is routed to no expert and counts in no router loss. `agreed` is what `agree` found.
     """
-    counts = torch.stack(((batch.targets_BS != IGNORE_INDEX).sum(), torch.tensor(batch.n_bad)))
-    tokens, n_bad = sum_over_ranks_(counts).tolist()  # on the CPU: nothing waits
+    at = world.watch.at
+    tokens, n_bad, _ = agreed or agree(batch, stops=False)
     if tokens == 0:
         raise ValueError(
             f"a batch has not one token to train on: all its samples are shorter than the model's "
@@ -77,6 +81,7 @@ def accumulate_gradients(
     ]
     documents = [documents_of(x, config, world.device) for x in batch.tokens_BS.split(plan.micro_sequences)]
     for i, (tokens_BS, targets_BS, real_BS) in enumerate(micro_batches):
+        at("compiling" if compiling else "forward")
         with no_sync(model, i < len(micro_batches) - 1):
             with autocast(optim.precision, world.device):
                 output = model(
@@ -95,15 +100,37 @@ def accumulate_gradients(
                 of_router = router_loss(stats, config.moe, chosen)
                 objective = objective + of_router / len(micro_batches)
             clock.lap("forward_time")
+            at("compiling" if compiling else "backward")
             (objective * loss_scale).backward()
             clock.lap("backward_time")
         of_router = of_router.detach().double()
         sums.append(torch.cat((loss.sums(), of_router[None], *([pack(stats)] if stats else []))))
+    at("summing")
     flat = sum_over_ranks_(torch.stack(sums).sum(0))
     batches = len(micro_batches) * world.world_size
     losses = torch.cat((flat[:2] / tokens, flat[2:4] / batches))
     clock.lap("sync_time")
     return StepResult(losses, tokens, n_bad, flat[4:], stats, batches)
+
+
+class Agreed(NamedTuple):
+    """What every step begins with, summed over the ranks."""
+
+    tokens: int
+    """Targets of the whole batch."""
+    n_bad: int
+    """Masked samples of the whole batch."""
+    stops: bool
+    """Whether any rank has heard a signal: none takes the step."""
+
+
+def agree(batch: Batch | Literal[Left.LEFT], stops: bool) -> Agreed:
+    """Collective, on the CPU: nothing waits for a GPU. A rank that left its wait for data has no batch."""
+    counts = torch.tensor([0, 0, int(stops)])
+    if batch is not LEFT:
+        counts[0], counts[1] = (batch.targets_BS != IGNORE_INDEX).sum(), batch.n_bad
+    tokens, n_bad, asked = sum_over_ranks_(counts).tolist()
+    return Agreed(tokens, n_bad, asked > 0)
 
 
 def add_counts(counts: Sequence[Tensor] | None, stats: Sequence[RouterStats]) -> list[Tensor]:
@@ -184,7 +211,9 @@ def train(
     log_logit_mean: bool,
     loss_scale: LossScale | None,
     end_interval: Callable[[int], None],
-    save_if_due: Callable[[], None] = lambda: None,
+    save_state: Callable[[str], None],
+    save_if_due: Callable[[Callable[[], None]], None] = lambda update: None,
+    name_samples: Callable[[int], Sequence[str]] = lambda step: (),
     averages: Sequence[Average] = (),
     averaged_loss_every: int = 0,
     bad_sample_limit: int | None = None,
@@ -192,22 +221,37 @@ def train(
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
-    evaluates; `save_if_due()` is called after every other step.
-    A step whose loss or gradient norm is not finite changes no weight and no moment, on all ranks;
-    RuntimeError after MAX_SKIPS such steps in a row. Between log lines nothing waits for the GPU.
-    Every `averaged_loss_every` steps (0: never) the loss of the averages before the step, on its batch, is logged.
+    evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves. A step whose loss
+    or gradient norm is not finite, or whose loss is a spike (--skip-loss-spikes), changes no weight and no moment,
+    on all ranks; RuntimeError after --max-skipped-updates such steps in a row, with LOGS/NAME/debug written. Between
+    log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0: never) the loss of the averages before
+    the step, on its batch, is logged. Where any rank has heard a signal all leave before the same step, after
+    `save_state(reason)`, with StopAsked.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     biases = [router.bias_E for router in routers(model)]
     window = Window(config, world, log_logit_mean, biases)
-    clock = window.clock
+    clock, watch = window.clock, world.watch
     bad_samples = BadSamples(bad_sample_limit)
-    skips = Skips(progress.skipped_updates, world.device)
+    skips = Skips(progress, world.device)
+    spikes = None
+    if optim.skip_loss_spikes is not None:
+        kept = progress.accepted_losses
+        spikes = LossSpikes(optim.skip_loss_spikes, optim.loss_spike_window, world.device, kept)
+    begun = progress.step
     show = log.progress(schedule.end_step, progress.step)
     model.train()
-    for batch in batches:
+    watch.at("starting", progress.step)
+    for batch in waiting(batches, watch.asked):
         step = progress.step
         clock.lap("data_time")
+        watch.at("agreeing", step)
+        agreed = agree(batch, watch.asked())
+        if agreed.stops or batch is LEFT:
+            keep_statistics(progress, skips, spikes)
+            log.end_progress()
+            save_state(watch.why())
+            raise StopAsked
         if averaged_loss_every and (step + 1) % averaged_loss_every == 0:
             log_averaged_losses(
                 model, batch, averages, step + 1, plan=plan, optim=optim, world=world, log=log
@@ -218,22 +262,27 @@ def train(
         seed_randomness_(optim.seed, step, world.rank)
         scale = loss_scale.value if loss_scale else 1.0
         result = accumulate_gradients(
-            model, batch, plan=plan, optim=optim, config=config, world=world, loss_scale=scale, clock=clock
-        )
+            model, batch, plan=plan, optim=optim, config=config, world=world, loss_scale=scale, clock=clock,
+            agreed=agreed, compiling=step == begun,
+        )  # fmt: skip
+        watch.at("updating")
         scale_gradients_(parameters, 1.0 / scale)
         norm = grad_norm(parameters)
         finite = is_finite(result.losses, norm)  # both are global, so all ranks decide alike
+        accepted = finite & ~spikes.is_spike(result.losses[0]) if spikes else finite
         if optim.grad_clip_norm is not None:
             clip_(parameters, norm, optim.grad_clip_norm)
-        update_(optimizer, finite)
+        update_(optimizer, accepted)
         if "bias" in config.moe.balances:
-            balance_(model, result, config.moe.bias_rate * finite)
+            balance_(model, result, config.moe.bias_rate * accepted)
         for average in averages:
             average.step_()
         optimizer.zero_grad(set_to_none=True)
         if loss_scale:
             loss_scale.update_(bool(finite))
-        skips.add_(finite)
+        if spikes:
+            spikes.add_(result.losses[0], accepted)
+        skips.add_(finite, accepted)
         window.add_(result, finite)
         progress.step += 1
         progress.tokens += result.tokens
@@ -244,8 +293,19 @@ def train(
         interval = schedule.interval_of(step)
         ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
-        if logs or progress.step % LOOK_EVERY == 0:
+        if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
             look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
+            if progress.skipped_in_a_row >= optim.max_skipped_updates:
+                seed_randomness_(optim.seed, step, world.rank)
+                randomness = torch.get_rng_state()
+                again = accumulate_gradients(
+                    model, batch, plan=plan, optim=optim, config=config, world=world, loss_scale=scale,
+                    clock=Clock(),
+                )  # fmt: skip
+                end_skipping(
+                    log.folder / "debug", model, batch, again, randomness, progress, world=world,
+                    loss_scale=scale, samples=name_samples(step), limit=optim.max_skipped_updates,
+                )  # fmt: skip
         if logs:
             entry = window.entry(progress, rate, norm)
             log.metrics(entry, progress.step)
@@ -258,56 +318,11 @@ def train(
         else:
             show(progress.step, None)
         if ends:
+            keep_statistics(progress, skips, spikes)
             end_interval(interval)
             model.train()
             window.restart()
         else:
-            save_if_due()
+            save_if_due(lambda: keep_statistics(progress, skips, spikes))
+        watch.at("waiting for data", progress.step)
     log.end_progress()
-
-
-class BadSamples:
-    """Names the first bad samples of all ranks in the log, each once; ends a run that has too many."""
-
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
-        self.named: set[str] = set()
-
-    def add_(self, n_bad: int, mine: Sequence[str], progress: Progress) -> None:
-        """Of one step: the number over all ranks, and this rank's own. Collective where something is to be named.
-
-        RuntimeError, on all ranks, when the run has more than the limit.
-        """
-        too_many = self.limit is not None and progress.bad_samples > self.limit
-        if not n_bad or (len(self.named) >= NAMED_SAMPLES and not too_many):
-            return
-        samples = [sample for of_rank in gather_objects(list(mine)) for sample in of_rank]
-        for sample in samples:
-            if sample not in self.named and len(self.named) < NAMED_SAMPLES:
-                self.named.add(sample)
-                logger.warning("step %d: %s: ignored", progress.step, sample)
-                if len(self.named) == NAMED_SAMPLES:
-                    logger.warning("further bad samples are only counted")
-        if too_many:
-            raise RuntimeError(
-                f"--bad-sample-limit {self.limit}: step {progress.step} brings the run's bad samples to "
-                f"{progress.bad_samples}; the last one: {samples[-1] if samples else 'unnamed'}"
-            )
-
-
-def look_at(skips: Skips, progress: Progress, finding_scale: bool) -> None:
-    """Brings `progress.skipped_updates` up to date; warns of new ones, but for the few by which fp16 finds its
-    scale."""
-    before, in_a_row = progress.skipped_updates, 0
-    progress.skipped_updates, in_a_row = skips.read()
-    if progress.skipped_updates > before and not (finding_scale and in_a_row <= SCALE_STEPS):
-        logger.warning(
-            "step %d: loss or gradient was not finite in %d of the last steps: these updates were skipped on all "
-            "ranks (%d so far)",
-            progress.step, progress.skipped_updates - before, progress.skipped_updates,
-        )  # fmt: skip
-    if in_a_row >= MAX_SKIPS:
-        raise RuntimeError(
-            f"step {progress.step}: loss or gradient was not finite {in_a_row} times in a row; lower --lr, or "
-            "resume earlier"
-        )

@@ -8,6 +8,7 @@ from torch import nn
 
 from open_lm.averaging import Average, averaged
 from open_lm.config.averaging import NONE, coefficients_of
+from open_lm.config.redact import redact, redacted
 from open_lm.config.schedule import Schedule
 from open_lm.data.loader import ValData
 from open_lm.data.remote import is_local
@@ -49,14 +50,14 @@ def evaluate_all(
             ]
         prefix = "valid" if average == NONE else f"valid/{average}"
         prefix += f"/{val_data.name}" if len(job.val_data) > 1 else ""
-        entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": val_data.entry, **facts}
+        entry: dict[str, Any] = {"tokens": progress.tokens, "val_data": redact(val_data.entry), **facts}
         entry |= {f"{prefix}/{name}": value for name, value in result.items()}
         log.metrics(entry, progress.step)
         if job.world.rank == 0:
             logger.info(("" if average == NONE else f"{average}: ") + describe_result(val_data, result))
             append_result(
                 results_path(job, path),
-                {"step": progress.step, "val_data": [val_data.entry], **facts, **result},
+                {"step": progress.step, "val_data": [redact(val_data.entry)], **facts, **result},
             )
 
 
@@ -80,7 +81,7 @@ def find_owed_evaluation(job: Job, schedule: Schedule, step: int) -> int | None:
         return None
     lines = read_lines(folder / "results.jsonl")
     done = {entry for line in lines if line.get("step") == step for entry in line.get("val_data", ())}
-    return interval if {val_data.entry for val_data in job.val_data} - done else None
+    return interval if {redact(val_data.entry) for val_data in job.val_data} - done else None
 
 
 def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
@@ -108,6 +109,6 @@ def append_result(path: Path, entry: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(entry)) + "\n")
+            file.write(json.dumps(redacted(jsonable(entry))) + "\n")
     except OSError as error:
         logger.warning("results.jsonl could not be written (log.jsonl holds the metrics): %s", error)

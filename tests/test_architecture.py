@@ -15,7 +15,7 @@ PACKAGE = ROOT / "open_lm"
 LAYERS = [
     {"config"}, {"nn"}, {"moe"}, {"loss"}, {"model"}, {"parallel", "optim", "flops", "data"},
     {"tokenize"}, {"averaging"}, {"checkpoint"}, {"log"}, {"eval", "metrics", "report", "generate", "job"},
-    {"train", "validation", "saves"}, {"main"},
+    {"debug", "skips"}, {"train", "validation", "saves"}, {"main"},
 ]  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 OPTIONAL = {

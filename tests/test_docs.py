@@ -18,7 +18,8 @@ from open_lm.tokenize.settings import TokenizeConfig
 from open_lm.tokenize.settings import flag as flag_of
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / name for name in ("README.md", "MOE.md", "moe/README.md", "docs/architecture.md")]
+NAMES = ("README.md", "MOE.md", "moe/README.md", "docs/architecture.md", "docs/running.md")
+DOCUMENTS = [ROOT / name for name in NAMES]
 
 
 def commands(document: Path) -> list[str]:
@@ -95,7 +96,8 @@ def test_flags_named_in_the_documents_exist() -> None:
     known = {"--" + name.replace("_", "-") for name in flag_types()} | {"--config", "--help"}
     others = {"--no-", "--nproc-per-node", "--extra-index-url", "--logs-specs", "--output", "--seq-len"}
     others |= {flag_of(field.name) for field in fields(TokenizeConfig)}
-    others |= {"--tiny", "--print-flags", "--nnodes", "--rdzv-backend"}  # of moe/recipes and torchrun
+    others |= {"--tiny", "--print-flags"}  # of moe/recipes
+    others |= {"--nnodes", "--rdzv-backend", "--max-restarts"}  # of torchrun
     for document in DOCUMENTS:
         prose = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
         prose = re.sub(r"`(python|torchrun|make|pip)[^`]*`", "", prose)

@@ -1,14 +1,17 @@
 """Schedules against literal values, groups, norms and clipping against torch's own."""
 
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from open_lm import optim
 from open_lm.config.optim import OptimConfig
+from open_lm.optim import LossSpikes
 
 CONFIG = OptimConfig(lr=1.0, warmup=4, lr_cooldown_end=0.1)
 
@@ -168,3 +171,36 @@ def test_loss_scale_grows_and_shrinks():
     again.update_(True)
     assert again.value == 1024
     assert again.state_dict() == {"value": 1024.0, "good_steps": 0}
+
+
+def test_loss_spikes_against_numpy() -> None:
+    """Median and scaled MAD of the last accepted losses; a spike stays out of the window."""
+    generator = np.random.default_rng(0)
+    losses = [4 - 0.01 * i + 0.05 * generator.standard_normal() for i in range(60)]
+    for step in (25, 40, 41):
+        losses[step] += 2
+    ours, accepted = LossSpikes(6.0, 16, torch.device("cpu")), []
+    for step, loss in enumerate(losses):
+        window = np.array(accepted[-16:])
+        spread = 1.4826 * np.median(np.abs(window - np.median(window))) if len(window) else 0
+        expected = len(window) == 16 and loss > np.median(window) + 6 * spread
+        value = torch.tensor(loss, dtype=torch.float64)
+        spike = ours.is_spike(value)
+        assert bool(spike) == expected, step
+        ours.add_(value, ~spike)
+        accepted += [] if expected else [loss]
+        if step == 33:  # as saved and restored
+            ours = LossSpikes(6.0, 16, torch.device("cpu"), json.loads(json.dumps(ours.read())))
+    assert len(accepted) == 57
+    assert ours.read() == accepted[-16:]
+
+
+def test_losses_before_a_full_window_and_constant_ones_are_no_spikes() -> None:
+    spikes = LossSpikes(3.0, 8, torch.device("cpu"))
+    for _ in range(8):
+        assert not spikes.is_spike(torch.tensor(1e9))
+        spikes.add_(torch.tensor(2.0), torch.tensor(True))
+    assert not spikes.is_spike(torch.tensor(2.0))
+    assert spikes.is_spike(torch.tensor(2.1))
+    spikes.add_(torch.tensor(torch.nan), torch.tensor(False))  # a step that was not finite
+    assert spikes.is_spike(torch.tensor(2.1))

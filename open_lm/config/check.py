@@ -15,6 +15,7 @@ from open_lm.config.later import LaterConfig
 from open_lm.config.log import LogConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.config.run import RunConfig
+from open_lm.config.survival import check_survival
 
 REPORT_TARGETS = ("wandb", "tensorboard", "all")
 NOT_NEGATIVE = ("lr", "wd", "warmup", "eps", "lr_cooldown_end", "lr_cooldown_power", "force_min_lr",
@@ -71,6 +72,7 @@ def check(run: RunConfig, given: Collection[str]) -> list[str]:
     _check_purpose(run)
     warnings += _check_averaging(run)
     _check_log(run.log)
+    warnings += check_survival(run, given)
     if run.model.experimental_meta_device and run.model.disable_meta_device:
         raise ValueError("--experimental-meta-device and --disable-meta-device are both given")
     if run.model.experimental_meta_device:

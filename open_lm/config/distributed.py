@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 BackendName = Literal["nccl", "gloo"]
+StopSignal = Literal["TERM", "INT", "USR1", "USR2", "HUP", "XCPU"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +49,15 @@ class DistributedConfig:
 
     preset_world_size: int | None = None
     """Under srun: use only the first N tasks; the others end at once."""
+
+    collective_timeout: float = 1800.0
+    """Seconds that a collective may wait for the other ranks before it fails."""
+
+    hang_timeout: float = 600.0
+    """Seconds without progress on a rank (a batch, a pass, an update) after which the job ends: the rank that hangs
+    is named, its stack and every rank's own are shown, and all end with status 1. Six times as long to start, to
+    compile (the first step, the first evaluation) and to save. 0: never."""
+
+    stop_signals: tuple[StopSignal, ...] = ("TERM", "INT", "USR1", "USR2")
+    """Signals that end the run in good order: sent to any one rank, all ranks save the same step and end with
+    status 0. A second one, two seconds later or more, ends that rank at once."""

@@ -82,3 +82,20 @@ class OptimConfig:
 
     seed: int = 0
     """Of the initialisation and of the data order."""
+
+    max_skipped_updates: int = 100
+    """Updates skipped in a row (loss or gradient not finite, or a spike of the loss) that end the run, with an
+    error and a state to debug in LOGS/NAME/debug."""
+
+    skip_loss_spikes: float | None = None
+    """Skip the update of a step whose loss is above median + this times the scaled median absolute deviation of the
+    last accepted losses; 6 skips what noise hardly ever does. The loss alone, without z-loss and router losses.
+    The losses are part of the checkpoint, so a resumed run decides the same."""
+
+    loss_spike_window: int = 100
+    """--skip-loss-spikes: how many losses are looked back on; nothing is skipped before there are as many."""
+
+    deterministic: bool = False
+    """On a GPU: the same flags on the same machine give the same bits. Deterministic algorithms alone (an
+    operation that has none is an error), cuBLAS with a fixed workspace, no cuDNN attention, and nothing tuned by
+    timing. On the CPU runs repeat anyway."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import tyro
 import yaml
 
+from open_lm.config.redact import redacted
 from open_lm.config.run import RunConfig
 
 PROGRAM = "open_lm.main"
@@ -52,14 +53,15 @@ def flag_types() -> dict[str, Any]:
 
 
 def flag_values(run: RunConfig) -> dict[str, Any]:
-    """Every flag's value, by its name with underscores, in the order of --help; plain JSON types."""
+    """Every flag's value, by its name with underscores, in the order of --help; plain JSON types, for writing:
+    without secrets in URLs and the like."""
     values: dict[str, Any] = {}
     names = iter(flag_types())
     for group in fields(RunConfig):
         part = getattr(run, group.name)
         for field in (f for f in fields(part) if f.name not in NO_FLAGS):
             value = getattr(part, field.name)
-            values[next(names)] = list(value) if isinstance(value, tuple) else value
+            values[next(names)] = redacted(value)
     return values
 
 

@@ -21,7 +21,8 @@ from io import BufferedRandom
 from pathlib import Path
 
 from open_lm.config.data import DataConfig
-from open_lm.data.retry import Patience, redact
+from open_lm.config.redact import redact
+from open_lm.data.retry import Patience
 
 logger = logging.getLogger(__name__)
 

@@ -108,6 +108,13 @@ class TrainData:
         """This rank's batches of the steps start_step … end_step-1. Errors name the shard and the sample."""
         return load(self.items, range(start_step, end_step), self.config.workers, self.masks)
 
+    def name_samples(self, step: int) -> list[str]:
+        """This rank's sequences of a step: shard and number in it. Of synthetic data, nothing."""
+        if self.order is None:
+            return []
+        places = self.order.slots(step, *self.slots)
+        return [f"{self.sources[source].shards[shard].url}: {sequence}" for source, shard, sequence in places]
+
     def check_enough(self, end_step: int) -> None:
         """ValueError if a source is used up before `end_step` and may be neither read again nor resampled."""
         if self.order is None or self.config.multiple_data_passes or self.config.dataset_resampled:

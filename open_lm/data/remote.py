@@ -18,8 +18,9 @@ from contextlib import suppress
 from io import BufferedRandom
 from typing import Any, NamedTuple
 
+from open_lm.config.redact import redact
 from open_lm.data.cache import Cache, make_private_folder, open_or_write
-from open_lm.data.retry import LastingError, Patience, redact, retry
+from open_lm.data.retry import LastingError, Patience, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
 

@@ -3,13 +3,14 @@
 import errno
 import logging
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
+
+from open_lm.config.redact import redact
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -26,17 +27,6 @@ PASSING_CLASSES = {
 }  # fmt: skip
 LASTING_CLASSES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LOCAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
-SECRETS = [
-    (re.compile(r"(\w+://)[^/\s'\"@]+@"), r"\1"),
-    (re.compile(r"(\w+://[^\s'\"?]+)\?[^\s'\")]+"), r"\1?…"),
-    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), r"\1…"),
-    (
-        re.compile(r"(?i)([\w-]*(?:secret|token|passw|signature|credential|api[-_]?key|access[-_]?key)[\w-]*"
-                   r"['\"]?\s*[=:]\s*['\"]?)[^\s'\"&]+"),
-        r"\1…",
-    ),
-    (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), "…"),
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,10 +162,3 @@ def remote_errors(url: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise explain(url, error) from None
-
-
-def redact(text: str) -> str:
-    """The text without user names in URLs, signed queries, keys, tokens and passwords."""
-    for pattern, replacement in SECRETS:
-        text = pattern.sub(replacement, text)
-    return text

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from open_lm.config.eval import EvalConfig
 from open_lm.config.optim import PrecisionName
 from open_lm.data.loader import ValData
+from open_lm.data.waiting import LEFT, waiting
 from open_lm.eval.bootstrap import interval
 from open_lm.loss import IGNORE_INDEX, real_positions
 from open_lm.model import documents_of
 from open_lm.parallel.gather import gather_alike
-from open_lm.parallel.mesh import World, sum_over_ranks_
+from open_lm.parallel.mesh import World, agree_to_stop, sum_over_ranks_
 from open_lm.parallel.plan import autocast, compiled, reshard_, unwrap
 
 NO_TARGET = -1.0  # no negative log-likelihood is so low
@@ -40,7 +41,7 @@ def evaluate(
     perplexity, tokens, sequences, skipped_sequences (bad ones), seconds and speeds, of a mixture of experts the
     dropped share of all assignments and, where `config` asks for them, the ends of bootstrap intervals, by
     open_lm's names; the same on all ranks. Padding is routed to no expert. Raises ValueError if there is not one
-    token to predict.
+    token to predict, and StopAsked, between two batches, where a signal has ended the run.
 
     --val-tok-ci keeps every token's loss, 4 bytes each (8 for a moment), in rank 0's main memory; the losses of
     a round of batches are gathered on its device.
@@ -53,11 +54,16 @@ def evaluate(
     # nll, tokens, sequences, skipped sequences, batches, seconds of waiting for data, assignments, dropped ones
     sums = torch.zeros(8, dtype=torch.float64, device=world.device)
     losses = Losses(config)
-    waited = 0.0
+    waited, rounds = 0.0, 0
     start = ready = time.perf_counter()
     # not inference_mode: FSDP's gathered parameters would stay inference tensors
     with torch.no_grad():
-        for batch in val_data.batches(batch_sequences, world.rank, world.world_size):
+        held_out = val_data.batches(batch_sequences, world.rank, world.world_size)
+        for batch in waiting(held_out, world.watch.asked):
+            agree_to_stop(world)
+            assert batch is not LEFT  # then all have agreed
+            world.watch.at("evaluating" if rounds else "compiling")
+            rounds += 1
             waited += time.perf_counter() - ready
             nll_BS = torch.full((batch_sequences, seq_len), NO_TARGET, device=world.device)
             if batch is None:  # other ranks still work, and FSDP gathers parameters from this one

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from open_lm.config.redact import Redacting, redacted
 from open_lm.log.heat import ShareHistory
 from open_lm.log.lines import read_lines, supersede
 from open_lm.log.record import commit, keep_flags
@@ -59,6 +60,8 @@ class Log:
             logger.addHandler(handler)
         if not logger.handlers:
             logger.addHandler(logging.NullHandler())
+        for handler in logger.handlers:
+            handler.addFilter(Redacting())
 
     def _console_handler(self, where: str) -> logging.Handler:
         """Lines above the bar on a terminal; elsewhere lines as they are, never wrapped."""
@@ -181,7 +184,7 @@ class Log:
     def _write_json(self, entry: dict[str, Any]) -> None:
         assert self._jsonl is not None
         try:
-            self._jsonl.write(json.dumps(jsonable(entry)) + "\n")
+            self._jsonl.write(json.dumps(redacted(jsonable(entry))) + "\n")
             self._jsonl.flush()
         except OSError as error:  # a full disk: what could not be written is tried again with the next line
             if not self._disk_failed:

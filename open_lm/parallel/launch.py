@@ -62,6 +62,11 @@ def claimed_rank(environment: Mapping[str, str] = os.environ) -> int:
     return int(claimed) if claimed.isdigit() else 0
 
 
+def count_restarts(environment: Mapping[str, str] = os.environ) -> int:
+    """How often torchrun has started this job's ranks anew (--max-restarts)."""
+    return _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+
+
 def _of_torchrun(config: DistributedConfig, environment: Mapping[str, str]) -> Ranks:
     if "WORLD_SIZE" not in environment:
         raise ValueError(f"RANK={environment['RANK']}, but WORLD_SIZE is not set: launch with torchrun")

@@ -1,7 +1,7 @@
 """Ranks, devices and the named axes of the device mesh; everything is the identity with one process."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
@@ -12,13 +12,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from open_lm.config.distributed import DistributedConfig
-from open_lm.parallel.launch import Ranks, find_ranks
+from open_lm.parallel.launch import Ranks, count_restarts, find_ranks
+from open_lm.parallel.watch import StopAsked, Watch, open_store
 
 T = TypeVar("T")
 
 
 # What each --dist-backend makes: gloo carries what lies in host memory in any case.
 BACKENDS = {"nccl": "cpu:gloo,cuda:nccl", "gloo": "gloo"}
+# NCCL's last collectives are kept, and written when one times out.
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 JOIN_SECONDS = 600  # the longest that the first rank to come waits for the last
 
 
@@ -35,6 +42,8 @@ class World:
     the ranks of each. None without a process group."""
     notes: tuple[str, ...] = ()
     """What the user should hear of how the ranks were found."""
+    watch: Watch = field(default_factory=Watch)
+    """Hears signals and notices hangs."""
 
     @property
     def is_first(self) -> bool:
@@ -53,10 +62,11 @@ def start(config: DistributedConfig) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     notes = [ranks.note] if ranks.note else []
-    mesh = None
+    mesh = store = None
     if ranks.world_size > 1 or config.force_distributed or config.fsdp:
         axes = _axes(config, ranks)
-        _init_group(config, ranks, device)
+        store = dist.HashStore() if ranks.world_size == 1 else _meet(ranks)
+        _init_group(config, ranks, device, store)
         mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         if hybrid := _hybrid_flag(config):
             nodes = axes.get("replicate")
@@ -64,7 +74,15 @@ def start(config: DistributedConfig) -> World:
             notes.append(f"{hybrid}: sharded over {axes['shard']} ranks, {over}")
     if config.fsdp_cpu_offload and device.type == "cpu":
         notes.append("--fsdp-cpu-offload does nothing: there is no GPU to take memory from")
-    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes))
+    watch = Watch()
+    watch.start(
+        ranks.rank,
+        ranks.world_size,
+        open_store(store if ranks.world_size > 1 else None, count_restarts()),
+        config.stop_signals,
+        config.hang_timeout,
+    )
+    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes), watch)
 
 
 def _device(local_rank: int, no_set_device_rank: bool) -> torch.device:
@@ -106,7 +124,7 @@ def _axes(config: DistributedConfig, ranks: Ranks) -> dict[str, int]:
     return {"replicate": ranks.world_size // each, "shard": each}
 
 
-def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -> None:
+def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device, store: dist.Store) -> None:
     name = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     if name not in BACKENDS:
         raise ValueError(f"--dist-backend {name}: expected {' or '.join(BACKENDS)}")
@@ -116,13 +134,47 @@ def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -
         raise ValueError(
             "--fsdp-cpu-offload with --dist-backend gloo on a GPU crashes torch 2.11: leave --dist-backend out"
         )
+    if name == "nccl":
+        for variable, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(variable, value)
     dist.init_process_group(
         BACKENDS[name],
-        store=dist.HashStore() if ranks.world_size == 1 else _meet(ranks),
+        store=store,
         rank=ranks.rank,
         world_size=ranks.world_size,
+        timeout=timedelta(seconds=config.collective_timeout),
         device_id=device if name == "nccl" else None,
     )
+
+
+def record_collectives(folder: str) -> None:
+    """Lets NCCL's flight recorder write to the run's folder: debug/nccl_trace_rank_N, on a time-out."""
+    for variable in (
+        "TORCH_FR_DUMP_TEMP_FILE",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+    ):  # torch 2.11's name, and newer
+        os.environ.setdefault(variable, os.path.join(folder, "debug", "nccl_trace_rank_"))
+
+
+def agreed_name(name: str) -> str:
+    """Rank 0's `name`; under torchrun that of the job's first start: a restart is the same run."""
+    return broadcast_object(_first_name(name) if this_rank() == 0 else name)
+
+
+def _first_name(name: str) -> str:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return name
+    try:
+        store, _, _ = next(rendezvous("env://", 0, 1, timeout=timedelta(seconds=JOIN_SECONDS)))
+        return store.compare_set("open_lm/run name", "", name).decode()
+    except (RuntimeError, ValueError):
+        return name
+
+
+def agree_to_stop(world: World) -> None:
+    """Raises StopAsked on all ranks if any has heard a signal. Collective: one number, on the CPU."""
+    if sum_over_ranks_(torch.tensor(int(world.watch.asked()))).item():
+        raise StopAsked
 
 
 def _meet(ranks: Ranks) -> dist.Store:
@@ -130,12 +182,13 @@ def _meet(ranks: Ranks) -> dist.Store:
     patience = timedelta(seconds=JOIN_SECONDS)
     try:
         store, _, _ = next(rendezvous(ranks.url, ranks.rank, ranks.world_size, timeout=patience))
+        here = f"open_lm/{count_restarts()}"  # torchrun's store outlives a restart
         if ranks.rank:
-            store.set(f"open_lm/rank {ranks.rank}", "here")
-            store.wait(["open_lm/all"], patience)
+            store.set(f"{here}/rank {ranks.rank}", "here")
+            store.wait([f"{here}/all"], patience)
         else:
-            store.wait([f"open_lm/rank {rank}" for rank in range(1, ranks.world_size)], patience)
-            store.set("open_lm/all", "here")
+            store.wait([f"{here}/rank {rank}" for rank in range(1, ranks.world_size)], patience)
+            store.set(f"{here}/all", "here")
     except (RuntimeError, ValueError) as error:
         where = ranks.url
         if where.startswith("env://"):

@@ -3,7 +3,8 @@ import threading
 
 import pytest
 
-from open_lm.data.retry import Patience, Stopped, describe, is_passing, redact, retry
+from open_lm.config.redact import redact
+from open_lm.data.retry import Patience, Stopped, describe, is_passing, retry
 
 QUICK = Patience(3, first_wait_seconds=0.001)
 

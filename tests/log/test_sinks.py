@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import open_lm.train
 from open_lm.log import sinks
 from open_lm.log.sinks import Record, Sink, TensorBoard, run_id
 from open_lm.main import main
@@ -266,8 +265,7 @@ def test_a_resumed_run_goes_on_in_its_curves(tmp_path, monkeypatch) -> None:
 
 def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(open_lm.train, "MAX_SKIPS", 2)
-    command = f"{RUN} --logs {tmp_path} --report-to wandb --max-steps 4"
+    command = f"{RUN} --logs {tmp_path} --report-to wandb --max-steps 4 --max-skipped-updates 2"
     main(shlex.split(f"{command} --name well"))
     with pytest.raises(RuntimeError, match="not finite"):
         main(shlex.split(f"{command} --name failed --lr 1e30"))

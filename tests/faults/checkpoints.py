@@ -1,0 +1,282 @@
+"""Faults around checkpoints. Only the command line is used, and files that a glob finds."""
+
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from tests.faults.runs import (
+    MOE,
+    SYNTHETIC,
+    Ranks,
+    fault,
+    files_of_newest,
+    hash_of,
+    held_out,
+    last_step,
+    newest_epoch,
+    resumed_step,
+    run,
+    source,
+    steps,
+)
+
+
+@fault(
+    1,
+    "SIGKILL of both ranks at a random step, 20 times",
+    "resumed each time; the weights of the uninterrupted run",
+)
+def kills(folder: Path, quick: bool) -> str:
+    count, total = (2, 24) if quick else (20, 120)
+    flags = f"{source(folder)} --workers 1 {MOE} {steps(3, total)} --resume latest"
+    run(folder / "whole", flags, ranks=2)
+    place, at = folder / "killed", sorted(random.Random(0).sample(range(2, total), count))
+    resumed = []
+    for step in at:
+        ranks = Ranks(place, flags, ranks=2, faults="slow:0.03")
+        ranks.until_step(step)
+        ranks.kill()
+        resumed.append(resumed_step(ranks))
+    last = run(place, flags, ranks=2)
+    hashes = [hash_of(newest_epoch(folder / name)) for name in ("whole", "killed")]
+    assert hashes[0] == hashes[1], f"{hashes}, killed at {at}, resumed at {resumed}"
+    return f"killed at steps {at}; the last resumed at {resumed_step(last)}; weights {hashes[0]} in both"
+
+
+def first_checkpoint(folder: Path) -> str:
+    """A run with one checkpoint at step 3; the flags by which it goes on, with a next one at step 6."""
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 9)}"
+    run(folder, f"{flags} --max-steps 3")
+    return flags
+
+
+@fault(2, "SIGKILL during a save, at every file", "the checkpoint before loads; never a partial one")
+def kill_in_save(folder: Path, quick: bool) -> str:
+    flags = first_checkpoint(folder)
+    run(folder / "whole", f"{flags} --max-steps 6")
+    expected = hash_of(newest_epoch(folder / "whole"))
+    touched, number = [], 1
+    while number <= 60:
+        place = folder / f"kill_{number}"
+        shutil.copytree(folder / "run", place / "run")
+        ranks = Ranks(place, f"{flags} --resume latest --max-steps 6", faults=f"kill_at_file:{number}")
+        (code,) = ranks.wait()
+        if code == 0:
+            break
+        assert code == -9, ranks.text()
+        touched.append((place / "touched").read_text().splitlines()[-1].split(" ", 2)[2])
+        again = run(place, f"{flags} --resume latest --max-steps 6")
+        step = resumed_step(again)
+        assert step in (3, 6), f"killed at {touched[-1]}: resumed at step {step}\n{again.text()}"
+        assert hash_of(newest_epoch(place)) == expected, f"killed at {touched[-1]}"
+        shutil.rmtree(place)
+        number = number * 3 if quick else number + 1
+    assert touched
+    return (
+        f"killed before {len(touched)} file operations ({', '.join(dict.fromkeys(touched))}): always 3 or 6"
+    )
+
+
+@fault(3, "killed while a save is being written", "`latest` means the one before")
+def kill_in_flush(folder: Path, quick: bool) -> str:
+    flags = first_checkpoint(folder)
+    ranks = Ranks(folder, f"{flags} --resume latest", faults="slow_files:3")
+    ranks.until(lambda: (folder / "touching").exists())
+    time.sleep(0.5)
+    ranks.kill()
+    step = last_step(folder)
+    again = run(folder, f"{flags} --resume latest --max-steps 4")
+    assert resumed_step(again) == 3, again.text()
+    return f"killed 0.5 s into the save of step 6 (training was at step {step}); resumed at step 3"
+
+
+def two_checkpoints(folder: Path) -> str:
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 9)}"
+    run(folder, f"{flags} --max-steps 6")
+    return flags
+
+
+def damage_newest(folder: Path, quick: bool, damage: str) -> str:
+    """Each file of the newest checkpoint damaged by itself."""
+    flags = two_checkpoints(folder)
+    files = sorted(files_of_newest(folder), key=lambda f: -f.stat().st_size)[: 1 if quick else None]
+    epoch, seen = newest_epoch(folder), []
+    for file in files:
+        content = file.read_bytes()
+        middle = len(content) // 2
+        changed = bytes([content[middle] ^ 1]) + content[middle + 1 :] if damage == "flip" else b""
+        file.write_bytes(content[:middle] + changed)
+        explicit = Ranks(folder, f"{flags} --resume {epoch} --max-steps 6")
+        (code,) = explicit.wait()
+        assert code == 2, f"{file.name} damaged, but {epoch.name} was resumed:\n{explicit.text()[-1500:]}"
+        assert file.name in explicit.text(), f"the error does not name {file.name}: {explicit.text()[-600:]}"
+        latest = run(folder, f"{flags} --resume latest --max-steps 4")
+        assert resumed_step(latest) == 3, f"{file.name} damaged, resumed at {resumed_step(latest)}"
+        assert re.search(r"(?i)passed over|falls? back|instead|damaged|cannot be", latest.text()), (
+            latest.text()
+        )
+        seen.append(file.name)
+        shutil.rmtree(folder / "run")
+        run(folder, f"{flags} --max-steps 6")
+    return f"{', '.join(seen)}: each named by --resume FILE (status 2), `latest` went on from step 3 with a warning"
+
+
+@fault(
+    7,
+    "one byte flipped in a file of the newest checkpoint",
+    "an error that names it; `latest` falls back, warns",
+)
+def flipped_byte(folder: Path, quick: bool) -> str:
+    return damage_newest(folder, quick, "flip")
+
+
+@fault(8, "the newest checkpoint is truncated", "falls back, warns")
+def truncated(folder: Path, quick: bool) -> str:
+    return damage_newest(folder, quick, "truncate")
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A tmpfs of 8 MiB at `folder`; False where mounting is not permitted."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True
+    )
+    try:
+        yield done.returncode == 0
+    finally:
+        if done.returncode == 0:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@fault(
+    9,
+    "the disk is full, or read-only, during a save",
+    "goes on or ends with a clear error; the old checkpoint is whole",
+)
+def full_disk(folder: Path, quick: bool) -> str:
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 9)}"
+    with small_disk(folder / "disk") as mounted:
+        place = folder / "disk"
+        run(place, f"{flags} --max-steps 3")
+        before = hash_of(newest_epoch(place))
+        if mounted:
+            free = shutil.disk_usage(place).free
+            (place / "filler").write_bytes(b"\0" * (free - 60_000))
+            how = "a tmpfs with 60 kB left"
+            ranks = Ranks(place, f"{flags} --resume latest")
+        else:
+            how = "no mount permitted: RLIMIT_FSIZE of 40 kB"
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, limit[1]))
+            try:
+                ranks = Ranks(place, f"{flags} --resume latest")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        (code,) = ranks.wait()
+        text = ranks.text()
+        said = [
+            line for line in text.splitlines() if re.search(r"(?i)no space|space left|disk|too large", line)
+        ]
+        assert said, text[-2000:]
+        (place / "filler").unlink(missing_ok=True)
+        oldest = min(place.glob("run/checkpoints/epoch_*.pt"), key=lambda f: f.stat().st_mtime)
+        assert hash_of(oldest) == before
+        again = run(place, f"{flags} --resume latest --max-steps 9")
+        seen = f"{how}: status {code}, “{said[-1][-140:]}”, then resumed at step {resumed_step(again)}"
+        assert resumed_step(again) >= 3
+        if mounted:
+            subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
+            denied = Ranks(folder / "ro", f"{flags} --logs {place} --resume latest --epochs 4")
+            (code,) = denied.wait()
+            assert code == 2, denied.text()
+            subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
+            seen += f"; read-only: status {code}, “{denied.text().strip().splitlines()[-1][-100:]}”"
+    return seen
+
+
+class Malicious:
+    """What runs a command when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@fault(10, "a malicious pickle in place of every file that is loaded", "refused, nothing runs")
+def malicious(folder: Path, quick: bool) -> str:
+    flags = two_checkpoints(folder)
+    epoch, marker = newest_epoch(folder), folder / "ran"
+    files = dict.fromkeys([epoch, *files_of_newest(folder)])
+    seen = []
+    for file in list(files)[: 2 if quick else None]:
+        content = file.read_bytes()
+        for write in (lambda f: torch.save({"state_dict": Malicious(marker)}, f),
+                      lambda f: f.write_bytes(pickle.dumps(Malicious(marker)))):  # fmt: skip
+            write(file)
+            Ranks(folder, f"{flags} --resume {epoch} --max-steps 6").wait()
+            other = Ranks(folder / "other", f"{flags} --pretrained {file} --max-steps 1")
+            (code,) = other.wait()
+            assert code, f"{file.name} was loaded"
+            assert not marker.exists(), f"{file.name} ran code"
+        file.write_bytes(content)
+        seen.append(file.name)
+    return (
+        f"{', '.join(seen)}: with torch.save's and plain pickles, by --resume and --pretrained: nothing ran"
+    )
+
+
+@fault(
+    19,
+    "resume with another model, data set or batch size",
+    "refused, with the differences; --resume-changed allows data and batch",
+)
+def changed_run(folder: Path, quick: bool) -> str:
+    flags = f"{source(folder)} --workers 0 {steps(3, 9)}"
+    run(folder, f"{flags} --max-steps 3")
+    seen = []
+    for change, expected in (
+        (f"{flags} {MOE}", "--moe"),
+        (f"{flags.replace(str(folder / 'data'), str(other_source(folder)))}", "another"),
+        (f"{flags} --global-batch-size 4", "--global-batch-size"),
+        (f"{flags} --seed 5", "seed"),
+    ):
+        ranks = Ranks(folder, f"{change} --resume latest").ends(2)
+        said = ranks.text().strip().splitlines()[-1]
+        assert expected in said or "other data" in said, said
+        seen.append(said[-120:])
+    run(folder, f"{flags} --global-batch-size 4 --resume latest --resume-changed --max-steps 5")
+    return f"status 2 four times, e.g. “…{seen[2]}”; with --resume-changed it went on to step {last_step(folder)}"
+
+
+def other_source(folder: Path) -> Path:
+    source(folder / "second", 120)
+    return folder / "second" / "data"
+
+
+@fault(
+    27, "a crash in evaluation", "the state was saved before: nothing is lost, the evaluation is made up for"
+)
+def crash_in_evaluation(folder: Path, quick: bool) -> str:
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json"
+    crashed = Ranks(folder, flags, faults="fail_in_evaluation")
+    (code,) = crashed.wait()
+    assert code, "the injected error is lost"
+    again = run(folder, f"{flags} --resume latest")
+    assert resumed_step(again) == 3, again.text()
+    assert "no evaluation: evaluated now" in again.text()
+    evaluated = (folder / "run/checkpoints/results.jsonl").read_text().count('"step": 3')
+    assert evaluated == 1
+    return f"status {code}; resumed at step 3, which was evaluated then; done at step {last_step(folder)}"
