@@ -1,6 +1,6 @@
 """A run's saves: when, of what, and what is said about them."""
 
-import time
+from time import monotonic
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -171,7 +171,7 @@ class Due:
 
     def saved(self, progress: Progress) -> None:
         """A save began."""
-        self._time = time.monotonic()
+        self._time = monotonic()
         self._tokens = progress.tokens  # after the step before
 
     def reason(self, progress: Progress) -> str | None:
@@ -184,6 +184,6 @@ class Due:
         if every and progress.tokens // every > before // every:
             return f"--save-every-tokens {every}"
         minutes = options.save_every_minutes
-        if minutes and broadcast_object(time.monotonic() - self._time >= 60 * minutes):
+        if minutes and broadcast_object(monotonic() - self._time >= 60 * minutes):
             return f"--save-every-minutes {minutes:g}"
         return None
