@@ -93,7 +93,7 @@ class Saves:
 
     def close(self, failed: bool = False) -> None:
         """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
-        self.saver.wait(FLUSH_SECONDS if failed else None)
+        self.saver.close(FLUSH_SECONDS if failed else None)
         self._report()
         if self.failed is not None and not failed:
             raise self.failed
