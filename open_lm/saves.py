@@ -1,6 +1,6 @@
 """A run's saves: when, of what, and what is said about them."""
 
-from time import monotonic
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,7 +99,7 @@ class Saves:
     def close(self, failed: bool = False) -> None:
         """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
         self.job.world.watch.at("saving")
-        self.saver.wait(FLUSH_SECONDS if failed else None)
+        self.saver.close(FLUSH_SECONDS if failed else None)
         self._report()
         if self.failed is not None and not failed:
             raise self.failed
@@ -171,7 +171,7 @@ class Due:
 
     def saved(self, progress: Progress) -> None:
         """A save began."""
-        self._time = monotonic()
+        self._time = time.monotonic()
         self._tokens = progress.tokens  # after the step before
 
     def reason(self, progress: Progress) -> str | None:
@@ -184,6 +184,6 @@ class Due:
         if every and progress.tokens // every > before // every:
             return f"--save-every-tokens {every}"
         minutes = options.save_every_minutes
-        if minutes and broadcast_object(monotonic() - self._time >= 60 * minutes):
+        if minutes and broadcast_object(time.monotonic() - self._time >= 60 * minutes):
             return f"--save-every-minutes {minutes:g}"
         return None

@@ -156,6 +156,11 @@ class Saver:
         self._collect()
         self._waited += time.perf_counter() - begin
 
+    def close(self, seconds: float | None = None) -> None:
+        """`wait`, and leaves the group, which must not outlive the run's: it would abort the process at its end."""
+        self.wait(seconds)
+        self._group = None
+
     def finished(self) -> list[Save]:
         """The saves that have ended since the last call; waits for none."""
         if self._running is not None and self._running.done.is_set():

@@ -40,8 +40,8 @@ class CheckpointConfig:
     """Also save the state (step_S) when so many minutes, of rank 0's clock, have passed since the last save."""
 
     keep_last_states: int = 2
-    """How many states between intervals (--save-every-…, signals) stay; older ones are deleted once a newer
-    state is complete."""
+    """How many states between intervals (of --save-every-steps and the like, of signals) stay; older ones are
+    deleted once a newer state is complete."""
 
     keep_every: int | None = None
     """--delete-previous-checkpoint: keep every Nth epoch_N.pt with its state all the same."""
