@@ -122,7 +122,9 @@ def damage_newest(folder: Path, quick: bool, damage: str) -> str:
         assert file.name in explicit.text(), f"the error does not name {file.name}: {explicit.text()[-600:]}"
         latest = run(folder, f"{flags} --resume latest --max-steps 4")
         assert resumed_step(latest) == 3, f"{file.name} damaged, resumed at {resumed_step(latest)}"
-        assert re.search(r"(?i)passed over|falls? back|instead|damaged|cannot be", latest.text()), latest.text()
+        assert re.search(r"(?i)passed over|falls? back|instead|damaged|cannot be", latest.text()), (
+            latest.text()
+        )
         seen.append(file.name)
         shutil.rmtree(folder / "run")
         run(folder, f"{flags} --max-steps 6")
