@@ -65,8 +65,7 @@ def start(config: DistributedConfig) -> World:
     mesh = store = None
     if ranks.world_size > 1 or config.force_distributed or config.fsdp:
         axes = _axes(config, ranks)
-        store = dist.HashStore() if ranks.world_size == 1 else _meet(ranks)
-        _init_group(config, ranks, device, store)
+        store = _init_group(config, ranks, device)
         mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         if hybrid := _hybrid_flag(config):
             nodes = axes.get("replicate")
@@ -78,7 +77,7 @@ def start(config: DistributedConfig) -> World:
     watch.start(
         ranks.rank,
         ranks.world_size,
-        open_store(store if ranks.world_size > 1 else None, count_restarts()),
+        open_store(store, count_restarts()),
         config.stop_signals,
         config.hang_timeout,
     )
@@ -124,7 +123,8 @@ def _axes(config: DistributedConfig, ranks: Ranks) -> dict[str, int]:
     return {"replicate": ranks.world_size // each, "shard": each}
 
 
-def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device, store: dist.Store) -> None:
+def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -> dist.Store | None:
+    """Makes the group; returns the store that the ranks have met in, None of one process by itself."""
     name = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     if name not in BACKENDS:
         raise ValueError(f"--dist-backend {name}: expected {' or '.join(BACKENDS)}")
@@ -137,14 +137,16 @@ def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device, s
     if name == "nccl":
         for variable, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(variable, value)
+    store = None if ranks.world_size == 1 else _meet(ranks)
     dist.init_process_group(
         BACKENDS[name],
-        store=store,
+        store=store or dist.HashStore(),
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(seconds=config.collective_timeout),
         device_id=device if name == "nccl" else None,
     )
+    return store
 
 
 def record_collectives(folder: str) -> None:

@@ -133,11 +133,15 @@ class Watch:
             mine = f"{self.rank} {redact(f'{type(error).__name__}: {error}')}"
             first = self._store.compare_set("failed", "", mine).decode()
             self._store.set("event", "failed")
+            if first.partition(" ")[2] == mine.partition(" ")[2] and first != mine:
+                self._store.add("ended", 1)  # all have met the same error, by agreement: each shows it
+                return
             if first != mine:
                 self._follow(first)
             deadline = time.monotonic() + GRACE_SECONDS + 4 * TICK_SECONDS
             while time.monotonic() < deadline and self._store.add("ended", 0) < self.world_size - 1:
                 time.sleep(0.05)
+            self._store.set("done", "1")
 
     def _follow(self, first: str) -> None:
         """Ends the process, as another rank failed first; that one prints the traceback."""
@@ -146,6 +150,9 @@ class Watch:
         assert self._store is not None
         with suppress(Exception):
             self._store.add("ended", 1)
+            deadline = time.monotonic() + 2
+            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(["done"]):
+                time.sleep(0.05)  # the store may be this rank's
         leave(1)
 
     def _poke(self) -> None:
