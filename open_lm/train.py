@@ -221,12 +221,12 @@ def train(
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
-    evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves. A step whose loss
-    or gradient norm is not finite, or whose loss is a spike (--skip-loss-spikes), changes no weight and no moment,
-    on all ranks; RuntimeError after --max-skipped-updates such steps in a row, with LOGS/NAME/debug written. Between
-    log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0: never) the loss of the averages before
-    the step, on its batch, is logged. Where any rank has heard a signal all leave before the same step, after
-    `save_state(reason)`, with StopAsked.
+    evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves. A step whose
+    loss or gradient norm is not finite, or whose loss is a spike (--skip-loss-spikes), changes no weight and no
+    moment, on all ranks; RuntimeError after --max-skipped-updates such steps in a row, with LOGS/NAME/debug
+    written. Between log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0: never) the loss of
+    the averages before the step, on its batch, is logged. Where any rank has heard a signal all leave before the
+    same step, after `save_state(reason)`, with StopAsked.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     biases = [router.bias_E for router in routers(model)]
