@@ -1,0 +1,140 @@
+"""Time the kernels of --moe-backend triton with many tiles: where `backends/triton/table.py` has its numbers from.
+
+    python moe/tune.py 160m 41m --kernels up rows --output tiles.jsonl
+
+Compiles all candidates side by side first. Beside them, F.grouped_mm where it does the same product.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from triton.testing import do_bench
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench import SHAPES, Shape
+
+from open_lm.moe.backends.triton import launch
+from open_lm.moe.backends.triton.table import Tile, block_rows
+
+KERNELS = ("up", "up_backward", "down", "down_backward", "dw1", "dw2")
+
+
+def candidates(kernel: str, gated: bool) -> list[Tile]:
+    if kernel == "up" and gated:
+        found = [Tile(128, 64, 8, s, 1, g, p) for s, g, p in itertools.product((3, 4), (8, 16), (2, 4))]
+        found += [Tile(64, 64, 4, 3, 2, g, p) for g, p in itertools.product((8, 16), (1, 2))]
+        found += [Tile(64, 64, 8, s, 2, 8, p) for s, p in itertools.product((3, 4), (1, 2))]
+        return [*found, Tile(128, 32, 8, 6, 1, 8, 4), Tile(128, 64, 8, 3, 1, 8, 4, True), Tile(64, 32, 4, 4, 2, 8, 2)]
+    if kernel in ("up", "up_backward"):
+        parts = (1, 2, 4) if kernel == "up" else (2, 4, 8)
+        found = [Tile(128, 64, 4, 3, 2, g, p) for g, p in itertools.product((8, 16), parts)]
+        found += [Tile(256, 64, 8, s, 1, 8, p) for s, p in itertools.product((3, 4), parts[1:])]
+        found += [Tile(128, 64, 8, 3, 2, 8, p) for p in parts[:2]]
+        found += [Tile(128, 32, 4, s, 2, 8, parts[1]) for s in (4, 6)]
+        found += [Tile(256, 64, 8, 3, 1, 8, parts[1], True), Tile(128, 64, 8, 4, 1, 8, parts[1], True)]
+        return [*found, Tile(64, 64, 4, 3, 3, 8, parts[0]), Tile(128, 64, 4, 3, 2, 32, parts[1])]
+    if kernel in ("down", "down_backward"):
+        found = [Tile(256, 64, 8, s, 1, g, flatten=f) for s, g, f in itertools.product((3, 4), (8, 16), (False, True))]
+        found += [Tile(128, 64, 4, 3, 2, g, flatten=f) for g, f in itertools.product((8, 16), (False, True))]
+        return [*found, Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 8, 3, 2, 8), Tile(128, 128, 8, 3, 1, 8)]
+    found = [Tile(128, 64, 4, s, group=g, rows=128) for s, g in itertools.product((3, 4), (4, 16))]
+    found += [Tile(256, 64, 8, s, group=g, rows=128) for s, g in itertools.product((3, 4), (4, 16))]
+    found += [Tile(128, 64, 8, s, group=g, rows=256) for s, g in itertools.product((3, 4), (4, 16))]
+    return [*found, Tile(128, 64, 8, 4, group=4, rows=128), Tile(128, 32, 4, 5, group=4, rows=128)]
+
+
+def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Callable, Callable | None]:
+    """(the kernel as a function of its tile, torch's way or None), on random numbers and routing."""
+    torch.manual_seed(0)
+    D, width, E, K = shape.dim, shape.width, shape.experts, shape.top_k
+    gated, kind, R = shape.ffn_type == "swiglu", shape.ffn_type, tokens * K
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=dtype) * 0.1
+
+    expert_R = torch.rand(tokens, E, device="cuda").topk(K, dim=1).indices.flatten().sort(stable=True)
+    token_R = (expert_R.indices // K).int()
+    end_E = torch.searchsorted(expert_R.values, torch.arange(E, device="cuda"), right=True).int()
+    table = launch.schedule(end_E, R, block_rows(dtype))
+    x, h = random(tokens, D), random(R, width)
+    w1, v1, w2 = random(E, D, width), random(E, D, width) if gated else None, random(E, width, D)
+    u = random(R, width) if gated else None
+    weight_R = torch.rand(R, device="cuda")
+    if kernel == "up":
+        return lambda tile: launch.up(x, token_R, w1, v1, None, None, None, table, kind, tile=tile), None
+    if kernel == "up_backward":
+        return lambda tile: launch.up_backward(x, token_R, w2, None, weight_R, h, u, table, kind, tile=tile), None
+    if kernel == "down":
+        ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
+        return ours, lambda: F.grouped_mm(h, w2, offs=end_E)
+    if kernel == "down_backward":
+        ours = lambda tile: launch.rows(h, w1, u, v1, None, end_E, table, True, tile=tile)
+        return ours, lambda: [F.grouped_mm(h, w.transpose(1, 2), offs=end_E) for w in (w1, v1) if w is not None]
+    left = kernel == "dw1"
+    ours = lambda tile: launch.weights(x, token_R, None, h, end_E, left, False, tile=tile)
+    if left:
+        return ours, lambda: F.grouped_mm(x[token_R].t(), h, offs=end_E)
+    return ours, lambda: F.grouped_mm(h.t(), x[token_R], offs=end_E)
+
+
+def compile_one(task: tuple[str, str, Tile]) -> str | None:
+    name, kernel, tile = task
+    try:
+        case(kernel, SHAPES[name], 256, torch.bfloat16)[0](tile)
+        torch.cuda.synchronize()
+    except Exception as error:  # too large for the device, say
+        return f"{type(error).__name__}: {str(error)[:120]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--best", type=int, default=5, help="lines per kernel to print")
+    parser.add_argument("--output", help="append one JSON line per candidate to this file")
+    chosen = parser.parse_args()
+    tasks = [
+        (name, kernel, tile)
+        for name in chosen.shapes
+        for kernel in chosen.kernels
+        for tile in candidates(kernel, SHAPES[name].ffn_type == "swiglu")
+    ]
+    with ProcessPoolExecutor(chosen.processes, get_context("spawn")) as pool:
+        failures = dict(zip(tasks, pool.map(compile_one, tasks), strict=True))
+    for name, kernel in itertools.product(chosen.shapes, chosen.kernels):
+        shape = SHAPES[name]
+        products = 2 if shape.ffn_type == "swiglu" and kernel in ("up", "down_backward") else 1
+        flops = 2 * shape.tokens * shape.top_k * shape.dim * shape.width * products
+        ours, torchs = case(kernel, shape, shape.tokens, torch.bfloat16)
+        times = []
+        if torchs is not None:
+            times.append((do_bench(torchs, warmup=10, rep=40, return_mode="median"), "grouped_mm"))
+        for tile in candidates(kernel, shape.ffn_type == "swiglu"):
+            if failure := failures[name, kernel, tile]:
+                times.append((float("inf"), f"{tuple(tile)} {failure}"))
+            else:
+                times.append((do_bench(lambda: ours(tile), warmup=10, rep=40, return_mode="median"), tuple(tile)))  # noqa: B023
+        times.sort(key=lambda pair: pair[0])
+        for milliseconds, what in times[: chosen.best] + [t for t in times[chosen.best :] if t[1] == "grouped_mm"]:
+            print(f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {flops / milliseconds / 1e9:6.0f} {what}", flush=True)
+        if chosen.output:
+            with open(chosen.output, "a") as file:
+                for milliseconds, what in times:
+                    record = {"shape": name, "kernel": kernel, "milliseconds": milliseconds, "tile": what}
+                    file.write(json.dumps(record) + "\n")
+        del ours, torchs
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""From tensors to kernels: allocates results, makes descriptors, chooses tiles and grids.
+
+All tensors are contiguous, of one dtype but for weight_R and scale_R (float32) and indices (int32); widths are
+multiples of 16 bytes. R and T are at least 1.
+
+Shapes: T tokens, D model width, E experts, F expert width, R rows, K rows per token.
+"""
+
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from open_lm.moe.backends.triton.combine import combine_kernel
+from open_lm.moe.backends.triton.rows import rows_kernel, up_backward_kernel, up_kernel
+from open_lm.moe.backends.triton.table import Tile, block_rows, choose, hopper, interpreted
+from open_lm.moe.backends.triton.tiles import schedule_kernel
+from open_lm.moe.backends.triton.weights import weights_kernel
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; in the interpreter three programs, so that each has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def precision(dtype: torch.dtype) -> str:
+    """float32 products: exact, or in tf32 where torch's own would be."""
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tma(device: torch.device) -> bool:
+    return hopper(device) or interpreted()
+
+
+def _descriptor(x: Tensor, block: list[int], use: bool) -> Any:
+    return TensorDescriptor.from_tensor(x, block) if use else x
+
+
+def _weight(w_EKN: Tensor, tile: Tile, use: bool, transposed: bool = False) -> Any:
+    block = [1, tile.columns, tile.depth] if transposed else [1, tile.depth, tile.columns]
+    return _descriptor(w_EKN, block, use)
+
+
+def _grid(tile: Tile, tiles: int, device: torch.device) -> tuple[int]:
+    """As many programs as run at once."""
+    return (min(tiles, processors(device) * tile.per_sm),)
+
+
+def _meta(tile: Tile) -> dict[str, int]:
+    return {"BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "num_warps": tile.warps,
+            "num_stages": tile.stages}  # fmt: skip
+
+
+def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
+    """The table of `tiles.schedule_kernel`, int32 (3 M + 2,), M = ceil(rows / block) + E."""
+    E = end_E.numel()
+    M = triton.cdiv(rows, block) + E
+    table = torch.empty(3 * M + 2, dtype=torch.int32, device=end_E.device)
+    EP = triton.next_power_of_2(E)
+    BLOCK = max(16, min(128, 8192 // EP))
+    schedule_kernel[(triton.cdiv(M, BLOCK),)](end_E, table, M, E=E, EP=EP, BM=block, BLOCK=BLOCK)
+    return table
+
+
+def up(
+    x_TD: Tensor, token_R: Tensor, w: Tensor, v: Tensor | None, b: Tensor | None, c: Tensor | None,
+    scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, keep: bool = True, tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(h_RF and, if gated, u_RF, if `save`; a_RF, if `keep`): see `rows.up_kernel`."""
+    R, (E, D, F) = token_R.numel(), w.shape
+    tile = tile or choose("up_gated" if v is not None else "up", x_TD.device, x_TD.dtype)
+    use, M = tma(x_TD.device), (table.numel() - 2) // 3
+    h = x_TD.new_empty(R, F) if save else None
+    u = x_TD.new_empty(R, F) if save and v is not None else None
+    a = x_TD.new_empty(R, F) if keep else None
+    fast = x_TD.element_size() == 2 and not interpreted()
+    grid = _grid(tile, M * triton.cdiv(F, tile.columns), x_TD.device)
+    up_kernel[grid](
+        x_TD, token_R, _weight(w, tile, use), None if v is None else _weight(v, tile, use), b, c, scale_R, h, u, a,
+        table, M, R, D=D, F=F, KIND=kind, FAST=fast, PRECISION=precision(x_TD.dtype),
+        GATED=v is not None, BIASED=b is not None, SCALED=scale_R is not None,
+        TMA=use, BM=block_rows(x_TD.dtype), FLATTEN=tile.flatten, PARTS=tile.parts, **_meta(tile),
+    )  # fmt: skip
+    return h, u, a
+
+
+def up_backward(
+    g_TD: Tensor, token_R: Tensor, w2: Tensor, b2: Tensor | None, weight_R: Tensor, h: Tensor, u: Tensor | None,
+    table: Tensor, kind: str, tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """(dh_RF, du_RF if gated, weight * a_RF, the gradient of weight_R): see `rows.up_backward_kernel`."""
+    R, (E, F, D) = token_R.numel(), w2.shape
+    tile = tile or choose("up_backward_gated" if u is not None else "up_backward", g_TD.device, g_TD.dtype)
+    use, M = tma(g_TD.device), (table.numel() - 2) // 3
+    dh, a = torch.empty_like(h), torch.empty_like(h)
+    du = torch.empty_like(h) if u is not None else None
+    columns = triton.cdiv(F, tile.columns)
+    # zeros: rows that were dropped are in no tile
+    partial = torch.zeros(columns, R, dtype=torch.float32, device=h.device)
+    grid = _grid(tile, M * columns, h.device)
+    up_backward_kernel[grid](
+        g_TD, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a, partial, table, M, R,
+        D=D, F=F, KIND=kind, FAST=h.element_size() == 2 and not interpreted(), PRECISION=precision(h.dtype),
+        GATED=u is not None, BIASED=b2 is not None, TMA=use, BM=block_rows(h.dtype), FLATTEN=tile.flatten,
+        PARTS=tile.parts, **_meta(tile),
+    )  # fmt: skip
+    return dh, du, a, partial.sum(dim=0)
+
+
+def rows(
+    a: Tensor, w: Tensor, a2: Tensor | None, w2: Tensor | None, b: Tensor | None, end_E: Tensor, table: Tensor,
+    transposed: bool, tile: Tile | None = None,
+) -> Tensor:  # fmt: skip
+    """y_RN = a_RK w (+ a2 w2) + b, of each row's expert; w (E, K, N), `transposed` (E, N, K)."""
+    R, K = a.shape
+    N = w.shape[1] if transposed else w.shape[2]
+    tile = tile or choose("rows", a.device, a.dtype)
+    use, M, BM = tma(a.device), (table.numel() - 2) // 3, block_rows(a.dtype)
+    y = a.new_empty(R, N)
+    grid = _grid(tile, M * triton.cdiv(N, tile.columns), a.device)
+    rows_kernel[grid](
+        _descriptor(a, [BM, tile.depth], use), None if a2 is None else _descriptor(a2, [BM, tile.depth], use),
+        _weight(w, tile, use, transposed), None if w2 is None else _weight(w2, tile, use, transposed), b, y, table,
+        M, R, K=K, N=N, PRECISION=precision(a.dtype), TRANSPOSED=transposed, TWO=a2 is not None,
+        BIASED=b is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, **_meta(tile),
+    )  # fmt: skip
+    return y
+
+
+def weights(
+    x: Tensor, token_R: Tensor, scale_R: Tensor | None, y: Tensor, end_E: Tensor, gather_left: bool, biased: bool,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(dw_EPQ, db_EQ if `biased`): see `weights.weights_kernel`; x (T, ·) is gathered, y (R, ·) is not."""
+    R, E = token_R.numel(), end_E.numel()
+    P, Q = (x.shape[1], y.shape[1]) if gather_left else (y.shape[1], x.shape[1])
+    tile = tile or choose("weights", x.device, x.dtype)
+    use = tma(x.device)
+    dw = x.new_empty(E, P, Q)
+    db = x.new_empty(E, Q) if biased else None
+    block = [tile.depth, tile.columns if gather_left else tile.rows]
+    meta = _meta(tile)
+    meta["BQ"] = meta.pop("BN")
+    weights_kernel[(E * triton.cdiv(P, tile.rows) * triton.cdiv(Q, tile.columns),)](
+        x, token_R, scale_R, _descriptor(y, block, use), dw, db, end_E, R, E=E, P=P, Q=Q, GATHER_LEFT=gather_left,
+        SCALED=scale_R is not None, BIASED=biased, PRECISION=precision(x.dtype), TMA=use, BP=tile.rows, **meta,
+    )  # fmt: skip
+    return dw, db
+
+
+def combine(
+    y: Tensor, weight_R: Tensor | None, row: Tensor, start: Tensor | None, end_E: Tensor, tokens: int
+) -> Tensor:
+    """out_TD: see `combine.combine_kernel`; row is row_TK, or with start_T1 the rows sorted by token."""
+    D = y.shape[1]
+    K = 0 if start is not None else row.shape[1]
+    out = y.new_empty(tokens, D)
+    BD = min(triton.next_power_of_2(D), 256 if K else 1024)
+    BT = 8 if K else 1
+    combine_kernel[(triton.cdiv(tokens, BT), triton.cdiv(D, BD))](
+        y, weight_R, row, start, end_E, out, tokens, D=D, E=end_E.numel(), K=K, WEIGHTED=weight_R is not None,
+        BT=BT, BD=BD,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,74 @@
+"""Gradients of the experts' weights: products over each expert's rows, one side gathered while it is read.
+
+Shapes: T tokens, E experts, R rows; P and Q the two widths of a weight.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["R"])
+def weights_kernel(
+    x_ptr, token_ptr, scale_ptr, y, dw_ptr, db_ptr, end_ptr, R,
+    E: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, GATHER_LEFT: tl.constexpr, SCALED: tl.constexpr,
+    BIASED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """dw_EPQ: for each expert the sum over its rows of left_RP ⊗ right_RQ; db: of the right side alone.
+
+    GATHER_LEFT: left is x_TP[token], right is y_RQ; else left is y_RP and right is x_TQ[token]. SCALED: the
+    gathered side's rows are multiplied by scale_R, in db alone where it is the right one.
+    """
+    PT: tl.constexpr = (P + BP - 1) // BP
+    QT: tl.constexpr = (Q + BQ - 1) // BQ
+    tile = tl.program_id(0)
+    e = tile // (PT * QT)
+    inside = tile % (PT * QT)
+    first = inside // (GROUP * QT) * GROUP
+    size = tl.minimum(PT - first, GROUP)
+    pt = first + inside % (GROUP * QT) % size
+    qt = inside % (GROUP * QT) // size
+    start = tl.load(end_ptr + e - 1, mask=e > 0, other=0)
+    end = tl.load(end_ptr + e)
+    p = pt * BP + tl.arange(0, BP)
+    q = qt * BQ + tl.arange(0, BQ)
+    acc = tl.zeros((BP, BQ), tl.float32)
+    db = tl.zeros((BQ,), tl.float32)
+    X: tl.constexpr = P if GATHER_LEFT else Q
+    Y: tl.constexpr = Q if GATHER_LEFT else P
+    BX: tl.constexpr = BP if GATHER_LEFT else BQ
+    x_col = p if GATHER_LEFT else q
+    y_col = q if GATHER_LEFT else p
+    y0 = (qt * BQ) if GATHER_LEFT else (pt * BP)
+    for row0 in tl.range(start, end, BK):
+        row = row0 + tl.arange(0, BK)
+        real = row < end
+        token = tl.load(token_ptr + row, mask=real, other=0).to(tl.int64)
+        x_mask = real[:, None]
+        if X % BX != 0:
+            x_mask = x_mask & (x_col < X)[None, :]
+        x = tl.load(x_ptr + token[:, None] * X + x_col[None, :], mask=x_mask, other=0.0)
+        if TMA:
+            # what follows the expert's rows is multiplied by zeros
+            side = y.load([row0, y0])
+        else:
+            y_mask = real[:, None] & (y_col < Y)[None, :]
+            side = tl.load(y + row.to(tl.int64)[:, None] * Y + y_col[None, :], mask=y_mask, other=0.0)
+        if SCALED:
+            scale = tl.load(scale_ptr + row, mask=real, other=0.0)
+            if GATHER_LEFT:
+                x = (x * scale[:, None]).to(x.dtype)
+        if BIASED:
+            if GATHER_LEFT:
+                db += tl.sum(tl.where(real[:, None], side, 0.0).to(tl.float32), 0)
+            elif SCALED:
+                db += tl.sum(x.to(tl.float32) * scale[:, None], 0)
+        if GATHER_LEFT:
+            acc = tl.dot(x.T, side, acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(side.T, x, acc, input_precision=PRECISION)
+    dw_ptrs = dw_ptr + e.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+    if BIASED:
+        if pt == 0:
+            tl.store(db_ptr + e.to(tl.int64) * Q + q, db.to(db_ptr.dtype.element_ty), mask=q < Q)
