@@ -6,11 +6,11 @@ Compiles all candidates side by side first. Beside them, F.grouped_mm where it d
 """
 
 import argparse
-import itertools
 import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,33 +22,73 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench import SHAPES, Shape
 
 from open_lm.moe.backends.triton import launch
-from open_lm.moe.backends.triton.table import Tile, block_rows
+from open_lm.moe.backends.triton.table import HOPPER, Tile, block_rows
 
 KERNELS = ("up", "up_backward", "down", "down_backward", "dw1", "dw2")
 
 
-def candidates(kernel: str, gated: bool) -> list[Tile]:
+def candidates(kernel: str, shape: Shape) -> list[Tile]:
+    """Tiles worth a try; of thin layers, narrow ones too."""
+    gated, thin = shape.ffn_type == "swiglu", shape.dim < 512
     if kernel == "up" and gated:
-        found = [Tile(128, 64, 8, s, 1, g, p) for s, g, p in itertools.product((3, 4), (8, 16), (2, 4))]
-        found += [Tile(64, 64, 4, 3, 2, g, p) for g, p in itertools.product((8, 16), (1, 2))]
-        found += [Tile(64, 64, 8, s, 2, 8, p) for s, p in itertools.product((3, 4), (1, 2))]
-        return [*found, Tile(128, 32, 8, 6, 1, 8, 4), Tile(128, 64, 8, 3, 1, 8, 4, True), Tile(64, 32, 4, 4, 2, 8, 2)]
-    if kernel in ("up", "up_backward"):
-        parts = (1, 2, 4) if kernel == "up" else (2, 4, 8)
-        found = [Tile(128, 64, 4, 3, 2, g, p) for g, p in itertools.product((8, 16), parts)]
-        found += [Tile(256, 64, 8, s, 1, 8, p) for s, p in itertools.product((3, 4), parts[1:])]
-        found += [Tile(128, 64, 8, 3, 2, 8, p) for p in parts[:2]]
-        found += [Tile(128, 32, 4, s, 2, 8, parts[1]) for s in (4, 6)]
-        found += [Tile(256, 64, 8, 3, 1, 8, parts[1], True), Tile(128, 64, 8, 4, 1, 8, parts[1], True)]
-        return [*found, Tile(64, 64, 4, 3, 3, 8, parts[0]), Tile(128, 64, 4, 3, 2, 32, parts[1])]
+        found = [Tile(128, 64, 8, s, 1, 8, p, store=t) for s, p, t in product((3, 4), (2, 4), (False, True))]
+        found += [Tile(64, 64, 4, 3, 2, 8, p, store=t) for p, t in product((1, 2), (False, True))]
+        return [
+            *found,
+            Tile(64, 64, 8, 3, 2, 8, 2),
+            Tile(128, 32, 8, 6, 1, 8, 4),
+            Tile(128, 64, 8, 4, 1, 16, 4),
+        ]
+    if kernel == "up":
+        found = [Tile(256, 64, 8, s, 1, 8, p, store=t) for s, p, t in product((3, 4), (2, 4), (False, True))]
+        found += [Tile(128, 64, 4, 3, 2, 8, p, store=t) for p, t in product((1, 2, 4), (False, True))]
+        found += [
+            Tile(128, 64, 8, 3, 2, 8, 1),
+            Tile(256, 32, 8, 6, 1, 8, 2),
+            Tile(256, 32, 8, 6, 1, 8, 4, store=True),
+        ]
+        thinner = [
+            Tile(128, 32, 4, s, 2, 8, p, store=t) for s, p, t in product((4, 6), (1, 2), (False, True))
+        ]
+        return found + (thinner + [Tile(128, 32, 8, 4, 2, 8, 1), Tile(64, 32, 4, 4, 3, 8, 1)] if thin else [])
+    if kernel == "up_backward":
+        found = [
+            Tile(128, 64, 4, 3, 2, 8, 4, early=e, store=t) for e, t in product((False, True), (False, True))
+        ]
+        found += [Tile(128, 64, 8, 3, 2, 8, p, early=e) for p, e in product((2, 4), (False, True))]
+        found += [
+            Tile(128, 64, 8, 4, 1, 8, p, early=e, store=t)
+            for p, e, t in product((2, 4), (False, True), (False, True))
+        ]
+        if not gated:
+            found += [Tile(256, 64, 8, s, 1, 8, 4, early=e, store=t)
+                      for s, e, t in product((3, 4), (False, True), (False, True))]  # fmt: skip
+        else:
+            found += [Tile(64, 64, 4, 3, 2, 8, p, early=e) for p, e in product((1, 2), (False, True))]
+        thinner = [
+            Tile(128, 32, w, 4, 2, 8, 4, early=e, store=t)
+            for w, e, t in product((4, 8), (False, True), (False, True))
+        ]
+        thinner += [Tile(64, 32, 4, 4, 3, 8, p, early=e) for p, e in product((1, 2), (False, True))]
+        return found + (thinner if thin else [])
     if kernel in ("down", "down_backward"):
-        found = [Tile(256, 64, 8, s, 1, g, flatten=f) for s, g, f in itertools.product((3, 4), (8, 16), (False, True))]
-        found += [Tile(128, 64, 4, 3, 2, g, flatten=f) for g, f in itertools.product((8, 16), (False, True))]
-        return [*found, Tile(128, 64, 8, 4, 1, 8), Tile(128, 64, 8, 3, 2, 8), Tile(128, 128, 8, 3, 1, 8)]
-    found = [Tile(128, 64, 4, s, group=g, rows=128) for s, g in itertools.product((3, 4), (4, 16))]
-    found += [Tile(256, 64, 8, s, group=g, rows=128) for s, g in itertools.product((3, 4), (4, 16))]
-    found += [Tile(128, 64, 8, s, group=g, rows=256) for s, g in itertools.product((3, 4), (4, 16))]
-    return [*found, Tile(128, 64, 8, 4, group=4, rows=128), Tile(128, 32, 4, 5, group=4, rows=128)]
+        found = [Tile(256, 64, 8, s, 1, 8, flatten=f) for s, f in product((3, 4), (False, True))]
+        found += [
+            Tile(256, 64, 8, 3, 1, 8, store=True),
+            Tile(128, 64, 8, 4, 1, 8),
+            Tile(128, 64, 4, 3, 2, 8, flatten=True),
+        ]
+        thinner = [
+            Tile(64, 64, 4, s, p, g, flatten=f)
+            for (s, p), g, f in product(((3, 3), (4, 2)), (8, 4), (False, True))
+        ]
+        thinner += [Tile(32, 64, 4, 4, 2, 8, flatten=True), Tile(128, 64, 4, 3, 2, 4, flatten=True)]
+        return found + (thinner if thin else [])
+    found = [Tile(128, 64, 4, s, group=4) for s in (3, 4)] + [Tile(256, 64, 8, 4, group=4)]
+    thinner = [Tile(64, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=64),
+               Tile(32, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=32),
+               Tile(256, 64, 4, 4, group=4, rows=32), Tile(32, 64, 4, 4, group=4, rows=256)]  # fmt: skip
+    return found + (thinner if thin else [])
 
 
 def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Callable, Callable | None]:
@@ -71,18 +111,33 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
     if kernel == "up":
         return lambda tile: launch.up(x, token_R, w1, v1, None, None, None, table, kind, tile=tile), None
     if kernel == "up_backward":
-        return lambda tile: launch.up_backward(x, token_R, w2, None, weight_R, h, u, table, kind, tile=tile), None
+        return lambda tile: launch.up_backward(
+            x, token_R, w2, None, weight_R, h, u, table, kind, tile=tile
+        ), None
     if kernel == "down":
         ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
         return ours, lambda: F.grouped_mm(h, w2, offs=end_E)
     if kernel == "down_backward":
         ours = lambda tile: launch.rows(h, w1, u, v1, None, end_E, table, True, tile=tile)
-        return ours, lambda: [F.grouped_mm(h, w.transpose(1, 2), offs=end_E) for w in (w1, v1) if w is not None]
+        return ours, lambda: [
+            F.grouped_mm(h, w.transpose(1, 2), offs=end_E) for w in (w1, v1) if w is not None
+        ]
     left = kernel == "dw1"
     ours = lambda tile: launch.weights(x, token_R, None, h, end_E, left, False, tile=tile)
     if left:
         return ours, lambda: F.grouped_mm(x[token_R].t(), h, offs=end_E)
     return ours, lambda: F.grouped_mm(h.t(), x[token_R], offs=end_E)
+
+
+def update(kernel: str, shape: Shape, tile: Tile | None) -> None:
+    """Puts a tile, without what is at its default, into the table."""
+    table = json.loads(HOPPER.read_text()) if HOPPER.exists() else {}
+    rows = [row for row in table.get(kernel, []) if row[:2] != [shape.dim, shape.width]]
+    defaults = Tile._field_defaults
+    fields = tile and {k: v for k, v in tile._asdict().items() if k not in defaults or v != defaults[k]}
+    table[kernel] = sorted([*rows, [shape.dim, shape.width, fields]], key=lambda row: row[:2])
+    lines = [f"  {json.dumps(k)}: [\n    " + ",\n    ".join(map(json.dumps, table[k])) + "\n  ]" for k in sorted(table)]
+    HOPPER.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def compile_one(task: tuple[str, str, Tile]) -> str | None:
@@ -96,42 +151,57 @@ def compile_one(task: tuple[str, str, Tile]) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--best", type=int, default=5, help="lines per kernel to print")
     parser.add_argument("--output", help="append one JSON line per candidate to this file")
+    parser.add_argument("--write", action="store_true", help="put the fastest tiles into the table of this device")
     chosen = parser.parse_args()
     tasks = [
         (name, kernel, tile)
         for name in chosen.shapes
         for kernel in chosen.kernels
-        for tile in candidates(kernel, SHAPES[name].ffn_type == "swiglu")
+        for tile in candidates(kernel, SHAPES[name])
     ]
     with ProcessPoolExecutor(chosen.processes, get_context("spawn")) as pool:
         failures = dict(zip(tasks, pool.map(compile_one, tasks), strict=True))
-    for name, kernel in itertools.product(chosen.shapes, chosen.kernels):
+    for name, kernel in product(chosen.shapes, chosen.kernels):
         shape = SHAPES[name]
-        products = 2 if shape.ffn_type == "swiglu" and kernel in ("up", "down_backward") else 1
+        gated = shape.ffn_type == "swiglu"
+        products = 2 if gated and kernel in ("up", "down_backward") else 1
         flops = 2 * shape.tokens * shape.top_k * shape.dim * shape.width * products
         ours, torchs = case(kernel, shape, shape.tokens, torch.bfloat16)
         times = []
         if torchs is not None:
             times.append((do_bench(torchs, warmup=10, rep=40, return_mode="median"), "grouped_mm"))
-        for tile in candidates(kernel, shape.ffn_type == "swiglu"):
+        for tile in candidates(kernel, shape):
             if failure := failures[name, kernel, tile]:
                 times.append((float("inf"), f"{tuple(tile)} {failure}"))
             else:
-                times.append((do_bench(lambda: ours(tile), warmup=10, rep=40, return_mode="median"), tuple(tile)))  # noqa: B023
+                times.append(
+                    (do_bench(lambda: ours(tile), warmup=10, rep=40, return_mode="median"), tuple(tile))
+                )  # noqa: B023
         times.sort(key=lambda pair: pair[0])
-        for milliseconds, what in times[: chosen.best] + [t for t in times[chosen.best :] if t[1] == "grouped_mm"]:
-            print(f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {flops / milliseconds / 1e9:6.0f} {what}", flush=True)
+        for milliseconds, what in times[: chosen.best] + [
+            t for t in times[chosen.best :] if t[1] == "grouped_mm"
+        ]:
+            print(
+                f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {flops / milliseconds / 1e9:6.0f} {what}",
+                flush=True,
+            )
         if chosen.output:
             with open(chosen.output, "a") as file:
                 for milliseconds, what in times:
                     record = {"shape": name, "kernel": kernel, "milliseconds": milliseconds, "tile": what}
                     file.write(json.dumps(record) + "\n")
+        if chosen.write:
+            best = times[0][1]
+            key = kernel + ("_gated" if gated and kernel in ("up", "up_backward") else "")
+            update(key, shape, None if best == "grouped_mm" else Tile(*best))
         del ours, torchs
         torch.cuda.empty_cache()
 

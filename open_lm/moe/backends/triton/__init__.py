@@ -25,7 +25,9 @@ def load() -> None:
     """
     instead = "or use --moe-backend grouped_mm"
     if find_spec("triton") is None:
-        raise ValueError(f"--moe-backend triton needs Triton, which is not installed: `pip install triton`, {instead}")
+        raise ValueError(
+            f"--moe-backend triton needs Triton, which is not installed: `pip install triton`, {instead}"
+        )
     if os.environ.get("TRITON_INTERPRET") == "1":
         return
     if not torch.cuda.is_available():
@@ -48,7 +50,7 @@ def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if dtype not in DTYPES or not len(x_TD) or not routing.token_R.shape[0] or transformed:
         return grouped_mm(x_TD, routing, mlp)
-    from open_lm.moe.backends.triton.autograd import Experts, rows_of
+    from open_lm.moe.backends.triton.ops import Experts, rows_of
 
     def ready(x: Tensor | None) -> Tensor | None:
         return None if x is None else align(x, dtype).contiguous()

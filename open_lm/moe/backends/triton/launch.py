@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -23,7 +24,7 @@ from open_lm.moe.backends.triton.weights import weights_kernel
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; in the interpreter three programs, so that each has several tiles."""
+    """Multiprocessors of a GPU; in the interpreter three, so that a program has several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
@@ -32,15 +33,20 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def fast(x: Tensor) -> bool:
+    """Whether the GPU's approximate instructions are exact enough."""
+    return x.element_size() == 2 and not interpreted()
+
+
 def tma(device: torch.device) -> bool:
     return hopper(device) or interpreted()
 
 
-def _descriptor(x: Tensor, block: list[int], use: bool) -> Any:
-    return TensorDescriptor.from_tensor(x, block) if use else x
+def _descriptor(x: Tensor | None, block: list[int], use: bool) -> Any:
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block) if use and x is not None else x
 
 
-def _weight(w_EKN: Tensor, tile: Tile, use: bool, transposed: bool = False) -> Any:
+def _weight(w_EKN: Tensor | None, tile: Tile, use: bool, transposed: bool = False) -> Any:
     block = [1, tile.columns, tile.depth] if transposed else [1, tile.depth, tile.columns]
     return _descriptor(w_EKN, block, use)
 
@@ -59,7 +65,7 @@ def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
     """The table of `tiles.schedule_kernel`, int32 (3 M + 2,), M = ceil(rows / block) + E."""
     E = end_E.numel()
     M = triton.cdiv(rows, block) + E
-    table = torch.empty(3 * M + 2, dtype=torch.int32, device=end_E.device)
+    table = end_E.new_empty(3 * M + 2)
     EP = triton.next_power_of_2(E)
     BLOCK = max(16, min(128, 8192 // EP))
     schedule_kernel[(triton.cdiv(M, BLOCK),)](end_E, table, M, E=E, EP=EP, BM=block, BLOCK=BLOCK)
@@ -68,22 +74,25 @@ def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
 
 def up(
     x_TD: Tensor, token_R: Tensor, w: Tensor, v: Tensor | None, b: Tensor | None, c: Tensor | None,
-    scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, keep: bool = True, tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(h_RF and, if gated, u_RF, if `save`; a_RF, if `keep`): see `rows.up_kernel`."""
-    R, (E, D, F) = token_R.numel(), w.shape
-    tile = tile or choose("up_gated" if v is not None else "up", x_TD.device, x_TD.dtype)
-    use, M = tma(x_TD.device), (table.numel() - 2) // 3
-    h = x_TD.new_empty(R, F) if save else None
-    u = x_TD.new_empty(R, F) if save and v is not None else None
-    a = x_TD.new_empty(R, F) if keep else None
-    fast = x_TD.element_size() == 2 and not interpreted()
-    grid = _grid(tile, M * triton.cdiv(F, tile.columns), x_TD.device)
-    up_kernel[grid](
-        x_TD, token_R, _weight(w, tile, use), None if v is None else _weight(v, tile, use), b, c, scale_R, h, u, a,
-        table, M, R, D=D, F=F, KIND=kind, FAST=fast, PRECISION=precision(x_TD.dtype),
-        GATED=v is not None, BIASED=b is not None, SCALED=scale_R is not None,
-        TMA=use, BM=block_rows(x_TD.dtype), FLATTEN=tile.flatten, PARTS=tile.parts, **_meta(tile),
+    scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(h_RF and, if gated, u_RF, if `save`; a_RF): see `rows.up_kernel`."""
+    R, (E, D, width) = token_R.numel(), w.shape
+    name = "up" if v is None else "up_gated"
+    tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
+    assert tile is not None
+    use, M, BM = tma(x_TD.device), (table.numel() - 2) // 3, block_rows(x_TD.dtype)
+    h = x_TD.new_empty(R, width) if save else None
+    u = x_TD.new_empty(R, width) if save and v is not None else None
+    a = x_TD.new_empty(R, width)
+    store = use and tile.store
+    block = [BM, tile.columns // tile.parts]
+    up_kernel[_grid(tile, M * triton.cdiv(width, tile.columns), x_TD.device)](
+        x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, h, u, a,
+        *(_descriptor(y, block, True) if store else None for y in (h, u, a)), table, M, R, D=D, F=width, KIND=kind,
+        FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None, BIASED=b is not None,
+        SCALED=scale_R is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, TMA_STORE=store,
+        **_meta(tile),
     )  # fmt: skip
     return h, u, a
 
@@ -93,20 +102,23 @@ def up_backward(
     table: Tensor, kind: str, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(dh_RF, du_RF if gated, weight * a_RF, the gradient of weight_R): see `rows.up_backward_kernel`."""
-    R, (E, F, D) = token_R.numel(), w2.shape
-    tile = tile or choose("up_backward_gated" if u is not None else "up_backward", g_TD.device, g_TD.dtype)
-    use, M = tma(g_TD.device), (table.numel() - 2) // 3
+    R, (E, width, D) = token_R.numel(), w2.shape
+    name = "up_backward" if u is None else "up_backward_gated"
+    tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
+    assert tile is not None
+    use, M, BM = tma(g_TD.device), (table.numel() - 2) // 3, block_rows(g_TD.dtype)
     dh, a = torch.empty_like(h), torch.empty_like(h)
-    du = torch.empty_like(h) if u is not None else None
-    columns = triton.cdiv(F, tile.columns)
+    du = None if u is None else torch.empty_like(h)
+    columns = triton.cdiv(width, tile.columns)
     # zeros: rows that were dropped are in no tile
     partial = torch.zeros(columns, R, dtype=torch.float32, device=h.device)
-    grid = _grid(tile, M * columns, h.device)
-    up_backward_kernel[grid](
-        g_TD, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a, partial, table, M, R,
-        D=D, F=F, KIND=kind, FAST=h.element_size() == 2 and not interpreted(), PRECISION=precision(h.dtype),
-        GATED=u is not None, BIASED=b2 is not None, TMA=use, BM=block_rows(h.dtype), FLATTEN=tile.flatten,
-        PARTS=tile.parts, **_meta(tile),
+    store = use and tile.store
+    block = [BM, tile.columns // tile.parts]
+    up_backward_kernel[_grid(tile, M * columns, h.device)](
+        g_TD, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a,
+        *(_descriptor(y, block, True) if store else None for y in (dh, du, a)), partial, table, M, R, D=D, F=width,
+        KIND=kind, FAST=fast(h), PRECISION=precision(h.dtype), GATED=u is not None, BIASED=b2 is not None, TMA=use,
+        BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, EARLY=tile.early, TMA_STORE=store, **_meta(tile),
     )  # fmt: skip
     return dh, du, a, partial.sum(dim=0)
 
@@ -118,15 +130,19 @@ def rows(
     """y_RN = a_RK w (+ a2 w2) + b, of each row's expert; w (E, K, N), `transposed` (E, N, K)."""
     R, K = a.shape
     N = w.shape[1] if transposed else w.shape[2]
-    tile = tile or choose("rows", a.device, a.dtype)
+    tile = tile or choose("down_backward" if transposed else "down", a.device, a.dtype, N, K)
+    if tile is None and a2 is None and b is None:
+        return F.grouped_mm(a, w.transpose(1, 2) if transposed else w, offs=end_E)
+    tile = tile or Tile(256, 64, 8, 4, flatten=True)
     use, M, BM = tma(a.device), (table.numel() - 2) // 3, block_rows(a.dtype)
     y = a.new_empty(R, N)
-    grid = _grid(tile, M * triton.cdiv(N, tile.columns), a.device)
-    rows_kernel[grid](
-        _descriptor(a, [BM, tile.depth], use), None if a2 is None else _descriptor(a2, [BM, tile.depth], use),
-        _weight(w, tile, use, transposed), None if w2 is None else _weight(w2, tile, use, transposed), b, y, table,
+    block = [BM, tile.depth]
+    store = use and tile.store
+    rows_kernel[_grid(tile, M * triton.cdiv(N, tile.columns), a.device)](
+        _descriptor(a, block, use), _descriptor(a2, block, use), _weight(w, tile, use, transposed),
+        _weight(w2, tile, use, transposed), b, y, _descriptor(y, [BM, tile.columns], True) if store else None, table,
         M, R, K=K, N=N, PRECISION=precision(a.dtype), TRANSPOSED=transposed, TWO=a2 is not None,
-        BIASED=b is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, **_meta(tile),
+        BIASED=b is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, TMA_STORE=store, **_meta(tile),
     )  # fmt: skip
     return y
 
@@ -138,7 +154,10 @@ def weights(
     """(dw_EPQ, db_EQ if `biased`): see `weights.weights_kernel`; x (T, ·) is gathered, y (R, ·) is not."""
     R, E = token_R.numel(), end_E.numel()
     P, Q = (x.shape[1], y.shape[1]) if gather_left else (y.shape[1], x.shape[1])
-    tile = tile or choose("weights", x.device, x.dtype)
+    tile = tile or choose("dw1" if gather_left else "dw2", x.device, x.dtype, x.shape[1], y.shape[1])
+    if tile is None and scale_R is None and not biased:
+        return by_grouped_mm(x[token_R], y, end_E, gather_left), None
+    tile = tile or Tile(128, 64, 4, 3)
     use = tma(x.device)
     dw = x.new_empty(E, P, Q)
     db = x.new_empty(E, Q) if biased else None
@@ -150,6 +169,33 @@ def weights(
         SCALED=scale_R is not None, BIASED=biased, PRECISION=precision(x.dtype), TMA=use, BP=tile.rows, **meta,
     )  # fmt: skip
     return dw, db
+
+
+def both_weights(
+    x: Tensor,
+    token_R: Tensor,
+    scale_R: Tensor | None,
+    dh: Tensor,
+    du: Tensor | None,
+    end_E: Tensor,
+    biased: bool,
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
+    """(dw1, db1) and, if gated, (dv1, dc1); where torch's product is the faster, x is gathered once for both."""
+    tile = choose("dw1", x.device, x.dtype, x.shape[1], dh.shape[1])
+    if tile is None and scale_R is None and not biased:
+        x_R = x[token_R]
+        found = [None if y is None else by_grouped_mm(x_R, y, end_E, x_left=True) for y in (dh, du)]
+        assert found[0] is not None
+        return (found[0], None), (found[1], None)
+    of_h = weights(x, token_R, scale_R, dh, end_E, gather_left=True, biased=biased)
+    if du is None:
+        return of_h, (None, None)
+    return of_h, weights(x, token_R, scale_R, du, end_E, gather_left=True, biased=biased)
+
+
+def by_grouped_mm(x_R: Tensor, y: Tensor, end_E: Tensor, x_left: bool) -> Tensor:
+    """A weight's gradient from rows that are gathered already."""
+    return F.grouped_mm(x_R.t(), y, offs=end_E) if x_left else F.grouped_mm(y.t(), x_R, offs=end_E)
 
 
 def combine(

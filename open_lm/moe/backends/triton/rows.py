@@ -19,10 +19,11 @@ def _bias(ptr, e, n, N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_kernel(
-    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, tile_ptr, M, R,
+    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, h_desc, u_desc, a_desc, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr, TMA_STORE: tl.constexpr,
 ):  # fmt: skip
     """h_RF = scale x[token] w + b, u_RF = scale x[token] v + c if gated, a_RF = the activation of both."""
     NT: tl.constexpr = (F + BN - 1) // BN
@@ -55,46 +56,65 @@ def up_kernel(
             if GATED:
                 u += _bias(c_ptr, e, n, F)
         low = x_ptr.dtype.element_ty
-        _store_activated(h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN, PARTS)
+        if TMA_STORE and row0 + BM <= end:
+            _store_activated(
+                h,
+                u,
+                h_desc,
+                u_desc,
+                a_desc,
+                row,
+                row0,
+                end,
+                n0,
+                low,
+                F,
+                KIND,
+                FAST,
+                GATED,
+                True,
+                BM,
+                BN,
+                PARTS,
+            )
+        else:
+            _store_activated(
+                h, u, h_ptr, u_ptr, a_ptr, row, row0, end, n0, low, F, KIND, FAST, GATED, False, BM, BN, PARTS
+            )
 
 
 @triton.jit
 def _store_activated(
-    h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low: tl.constexpr,
-    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr,
+    h, u, h_to, u_to, a_to, row, row0, end, n0, low: tl.constexpr,
+    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if PARTS > 1:
-        left, right = h.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        left, right = _halves(h, BM, BN)
         u_left, u_right = left, right
         if GATED:
-            u_left, u_right = u.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+            u_left, u_right = _halves(u, BM, BN)
         _store_activated(
-            left, u_left, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN // 2,
+            left, u_left, h_to, u_to, a_to, row, row0, end, n0, low, F, KIND, FAST, GATED, TMA, BM, BN // 2,
             PARTS // 2,
         )  # fmt: skip
         _store_activated(
-            right, u_right, h_ptr, u_ptr, a_ptr, row, end, n0 + BN // 2, low, F, KIND, FAST, GATED, BM, BN // 2,
-            PARTS // 2,
+            right, u_right, h_to, u_to, a_to, row, row0, end, n0 + BN // 2, low, F, KIND, FAST, GATED, TMA, BM,
+            BN // 2, PARTS // 2,
         )  # fmt: skip
     else:
-        n = n0 + tl.arange(0, BN)
-        place_RF = row.to(tl.int64)[:, None] * F + n[None, :]
-        mask = (row < end)[:, None]
-        if F % BN != 0:
-            mask = mask & (n < F)[None, :]
         # the activation is that of the number which is saved
         h_low = h.to(low)
-        if h_ptr is not None:
-            tl.store(h_ptr + place_RF, h_low, mask=mask)
+        if h_to is not None:
+            _store(h_to, h_low, row, row0, end, n0, F, TMA, BM, BN)
         a = activate(h_low.to(tl.float32), KIND, FAST)
         if GATED:
             u_low = u.to(low)
-            if u_ptr is not None:
-                tl.store(u_ptr + place_RF, u_low, mask=mask)
+            if u_to is not None:
+                _store(u_to, u_low, row, row0, end, n0, F, TMA, BM, BN)
             a *= u_low.to(tl.float32)
-        if a_ptr is not None:
-            tl.store(a_ptr + place_RF, a.to(low), mask=mask)
+        if a_to is not None:
+            _store(a_to, a, row, row0, end, n0, F, TMA, BM, BN)
 
 
 @triton.jit
@@ -126,10 +146,12 @@ def _two_products(
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_backward_kernel(
-    g_ptr, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, partial_ptr, tile_ptr, M, R,
+    g_ptr, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, dh_desc, du_desc, a_desc,
+    partial_ptr, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, TMA_STORE: tl.constexpr,
 ):  # fmt: skip
     """From the layer's gradient g_TD through the down-projection and the activation, in one pass.
 
@@ -149,12 +171,25 @@ def up_backward_kernel(
         token = tl.load(token_ptr + row, mask=real, other=0).to(tl.int64)
         n0 = nt * BN
         n = n0 + tl.arange(0, BN)
+        if EARLY:
+            # fetched while the product is computed
+            h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
         p = tl.zeros((BM, BN), tl.float32)
         p = multiply_tile(p, g_ptr, token, row0, w2, e, n0, D, F, True, PRECISION, False, TMA, BM, BN, BK)
         weight = tl.load(weight_ptr + row, mask=real, other=0.0)
-        part = _through_activation(
-            p, weight, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, row, real, end, n0, F, KIND, FAST, GATED, BM, BN, PARTS
-        )
+        if not EARLY:
+            h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
+        # With descriptors a tile is stored in the background; they do not know where an expert's rows end.
+        if TMA_STORE and row0 + BM <= end:
+            part = _through_activation(
+                p, h, u, weight, dh_desc, du_desc, a_desc, row, row0, end, n0, F, KIND, FAST, GATED, True, BM, BN,
+                PARTS,
+            )  # fmt: skip
+        else:
+            part = _through_activation(
+                p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, row0, end, n0, F, KIND, FAST, GATED, False, BM, BN,
+                PARTS,
+            )  # fmt: skip
         if BIASED:
             if nt == 0:
                 for d0 in range(0, D, BK):
@@ -166,49 +201,76 @@ def up_backward_kernel(
 
 
 @triton.jit
+def _pre_activations(h_ptr, u_ptr, row, real, n0, F: tl.constexpr, GATED: tl.constexpr, BN: tl.constexpr):
+    """h and u of a tile; zeros behind the expert's rows, so that all that comes of them is zero too."""
+    n = n0 + tl.arange(0, BN)
+    place_RF = row.to(tl.int64)[:, None] * F + n[None, :]
+    inside = real[:, None]
+    if F % BN != 0:
+        inside = inside & (n < F)[None, :]
+    h = tl.load(h_ptr + place_RF, mask=inside, other=0.0)
+    u = h
+    if GATED:
+        u = tl.load(u_ptr + place_RF, mask=inside, other=0.0)
+    return h, u
+
+
+@triton.jit
+def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
+    return x.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+
+
+@triton.jit
+def _store(to, x, row, row0, end, n0, F: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile of columns n0… to `to`: a descriptor, or a pointer and only up to row `end` and column F."""
+    if TMA:
+        to.store([row0, n0], x.to(to.dtype))
+    else:
+        n = n0 + tl.arange(0, BN)
+        mask = (row < end)[:, None] & (n < F)[None, :]
+        tl.store(to + row.to(tl.int64)[:, None] * F + n[None, :], x.to(to.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _through_activation(
-    p, weight, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, row, real, end, n0,
-    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PARTS: tl.constexpr,
+    p, h, u, weight, dh, du, wa, row, row0, end, n0,
+    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores what up_backward_kernel does of BN columns, PARTS at a time for want of registers; sum_f p_f a_f."""
     if PARTS > 1:
-        left, right = p.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        p_left, p_right = _halves(p, BM, BN)
+        h_left, h_right = _halves(h, BM, BN)
+        u_left, u_right = h_left, h_right
+        if GATED:
+            u_left, u_right = _halves(u, BM, BN)
         part = _through_activation(
-            left, weight, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, row, real, end, n0, F, KIND, FAST, GATED, BM, BN // 2,
+            p_left, h_left, u_left, weight, dh, du, wa, row, row0, end, n0, F, KIND, FAST, GATED, TMA, BM, BN // 2,
             PARTS // 2,
         )  # fmt: skip
         part += _through_activation(
-            right, weight, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, row, real, end, n0 + BN // 2, F, KIND, FAST, GATED,
+            p_right, h_right, u_right, weight, dh, du, wa, row, row0, end, n0 + BN // 2, F, KIND, FAST, GATED, TMA,
             BM, BN // 2, PARTS // 2,
         )  # fmt: skip
         return part
     else:
-        low = dh_ptr.dtype.element_ty
-        n = n0 + tl.arange(0, BN)
-        place_RF = row.to(tl.int64)[:, None] * F + n[None, :]
-        # Behind the expert's rows h and weight are 0, and so is all that is stored there.
-        inside, mask = real[:, None], (row < end)[:, None]
-        if F % BN != 0:
-            inside, mask = inside & (n < F)[None, :], mask & (n < F)[None, :]
-        h = tl.load(h_ptr + place_RF, mask=inside, other=0.0).to(tl.float32)
-        a, slope = activate_and_slope(h, KIND, FAST)
+        # Bound to p: else the compiler computes the activation twice, in the layouts of p and of the stores.
+        a, slope = activate_and_slope(h.to(tl.float32) + 0.0 * p, KIND, FAST)
         if GATED:
-            u = tl.load(u_ptr + place_RF, mask=inside, other=0.0).to(tl.float32)
-            tl.store(du_ptr + place_RF, (p * a * weight[:, None]).to(low), mask=mask)
-            slope *= u
-            a *= u
-        tl.store(dh_ptr + place_RF, (p * slope * weight[:, None]).to(low), mask=mask)
-        tl.store(a_ptr + place_RF, (a * weight[:, None]).to(low), mask=mask)
+            _store(du, p * a * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
+            slope *= u.to(tl.float32)
+            a *= u.to(tl.float32)
+        _store(dh, p * slope * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
+        _store(wa, a * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
         return tl.sum(p * a, 1)
 
 
 @triton.jit(do_not_specialize=["M", "R"])
 def rows_kernel(
-    a, a2, w, w2, b_ptr, y_ptr, tile_ptr, M, R,
+    a, a2, w, w2, b_ptr, y_ptr, y_desc, tile_ptr, M, R,
     K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
     BIASED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    GROUP: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP: tl.constexpr, FLATTEN: tl.constexpr, TMA_STORE: tl.constexpr,
 ):  # fmt: skip
     """y_RN = a_RK w[e] (+ a2_RK w2[e]) + b[e]; TRANSPOSED: times wᵀ."""
     NT: tl.constexpr = (N + BN - 1) // BN
@@ -231,6 +293,7 @@ def rows_kernel(
         n = n0 + tl.arange(0, BN)
         if BIASED:
             y += _bias(b_ptr, e, n, N)
-        mask = (row < end)[:, None] & (n < N)[None, :]
-        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * N + n[None, :]
-        tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        if TMA_STORE and row0 + BM <= end:
+            _store(y_desc, y, row, row0, end, n0, N, True, BM, BN)
+        else:
+            _store(y_ptr, y, row, row0, end, n0, N, False, BM, BN)
