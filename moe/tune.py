@@ -30,46 +30,32 @@ KERNELS = ("up", "up_backward", "down", "down_backward", "dw1", "dw2")
 def candidates(kernel: str, shape: Shape) -> list[Tile]:
     """Tiles worth a try; of thin layers, narrow ones too."""
     gated, thin = shape.ffn_type == "swiglu", shape.dim < 512
+    yes_or_no = (False, True)
     if kernel == "up" and gated:
-        found = [Tile(128, 64, 8, s, 1, 8, p, store=t) for s, p, t in product((3, 4), (2, 4), (False, True))]
-        found += [Tile(64, 64, 4, 3, 2, 8, p, store=t) for p, t in product((1, 2), (False, True))]
-        return [
-            *found,
-            Tile(64, 64, 8, 3, 2, 8, 2),
-            Tile(128, 32, 8, 6, 1, 8, 4),
-            Tile(128, 64, 8, 4, 1, 16, 4),
-        ]
+        found = [Tile(128, 64, 8, s, 1, 8, p, stream=t) for s, p, t in product((3, 4), (2, 4), yes_or_no)]
+        found += [Tile(64, 64, 8, 3, 2, 8, p, registers=128) for p in (1, 2)]
+        return [*found, Tile(64, 64, 4, 3, 2, 8, 1)]
     if kernel == "up":
-        found = [Tile(256, 64, 8, s, 1, 8, p, store=t) for s, p, t in product((3, 4), (2, 4), (False, True))]
-        found += [Tile(128, 64, 4, 3, 2, 8, p, store=t) for p, t in product((1, 2, 4), (False, True))]
-        found += [
-            Tile(128, 64, 8, 3, 2, 8, 1),
-            Tile(256, 32, 8, 6, 1, 8, 2),
-            Tile(256, 32, 8, 6, 1, 8, 4, store=True),
-        ]
-        thinner = [
-            Tile(128, 32, 4, s, 2, 8, p, store=t) for s, p, t in product((4, 6), (1, 2), (False, True))
-        ]
-        return found + (thinner + [Tile(128, 32, 8, 4, 2, 8, 1), Tile(64, 32, 4, 4, 3, 8, 1)] if thin else [])
+        found = [Tile(256, 64, 8, s, 1, 8, 2, stream=t) for s, t in product((3, 4), yes_or_no)]
+        found += [Tile(128, 64, 8, 3, 2, 8, p, stream=t, registers=128) for p, t in product((1, 2, 4), yes_or_no)]
+        found += [Tile(128, 64, 8, 3, 2, 16, 2, registers=128), Tile(128, 64, 4, 3, 2, 8, 1)]
+        thinner = [Tile(128, 32, 4, s, 2, 8, p) for s, p in product((4, 6), (1, 2))]
+        thinner += [Tile(128, 32, 8, s, 2, 8, p, registers=128) for s, p in product((4, 6), (1, 2))]
+        return found + (thinner if thin else [])
     if kernel == "up_backward":
         found = [
-            Tile(128, 64, 4, 3, 2, 8, 4, early=e, store=t) for e, t in product((False, True), (False, True))
+            Tile(128, 64, 8, 3, 2, 8, p, early=e, gathered=g, registers=128)
+            for p, e, g in product((4, 8), yes_or_no, yes_or_no)
         ]
-        found += [Tile(128, 64, 8, 3, 2, 8, p, early=e) for p, e in product((2, 4), (False, True))]
-        found += [
-            Tile(128, 64, 8, 4, 1, 8, p, early=e, store=t)
-            for p, e, t in product((2, 4), (False, True), (False, True))
-        ]
-        if not gated:
-            found += [Tile(256, 64, 8, s, 1, 8, 4, early=e, store=t)
-                      for s, e, t in product((3, 4), (False, True), (False, True))]  # fmt: skip
+        found += [Tile(128, 64, 8, 3, 2, 8, 4, stream=True, gathered=g, registers=128) for g in yes_or_no]
+        found += [Tile(128, 64, 8, 3, 2, 16, 4, gathered=g, registers=128) for g in yes_or_no]
+        found += [Tile(128, 64, 4, 3, 2, 8, 4, early=e, gathered=g) for e, g in product(yes_or_no, yes_or_no)]
+        if gated:
+            found += [Tile(128, 64, 8, 4, 1, 8, p, early=True, gathered=g) for p, g in product((2, 4), yes_or_no)]
         else:
-            found += [Tile(64, 64, 4, 3, 2, 8, p, early=e) for p, e in product((1, 2), (False, True))]
-        thinner = [
-            Tile(128, 32, w, 4, 2, 8, 4, early=e, store=t)
-            for w, e, t in product((4, 8), (False, True), (False, True))
-        ]
-        thinner += [Tile(64, 32, 4, 4, 3, 8, p, early=e) for p, e in product((1, 2), (False, True))]
+            found += [Tile(256, 64, 8, s, 1, 8, 4, early=s == 3, gathered=g) for s, g in product((3, 4), yes_or_no)]
+        thinner = [Tile(128, 32, 4, 4, 2, 8, 4, early=True, gathered=g) for g in yes_or_no]
+        thinner += [Tile(128, 32, 8, 4, 2, 8, p, early=e, registers=128) for p, e in product((4, 8), yes_or_no)]
         return found + (thinner if thin else [])
     if kernel in ("down", "down_backward"):
         found = [Tile(256, 64, 8, s, 1, 8, flatten=f) for s, f in product((3, 4), (False, True))]
@@ -111,9 +97,11 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
     if kernel == "up":
         return lambda tile: launch.up(x, token_R, w1, v1, None, None, None, table, kind, tile=tile), None
     if kernel == "up_backward":
-        return lambda tile: launch.up_backward(
-            x, token_R, w2, None, weight_R, h, u, table, kind, tile=tile
-        ), None
+        x_RD = launch.gather(x, token_R, end_E)
+        ours = lambda tile: launch.up_backward(
+            x, token_R, w2, None, weight_R, h, u, table, kind, x_RD if tile.gathered else None, tile
+        )
+        return ours, None
     if kernel == "down":
         ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
         return ours, lambda: F.grouped_mm(h, w2, offs=end_E)

@@ -53,7 +53,7 @@ def test_it_needs_ampere(monkeypatch):
 
 
 def make_layer(compute, **options) -> MoE:
-    config = {"dim": 9, "hidden_dim": 7, "num_experts": 5, "capacity_factor": 0.0, "loss_weight": 0.01} | options
+    config = {"dim": 9, "hidden_dim": 7, "num_experts": 5, "capacity_factor": 0.0} | options
     layer = MoE(MoEConfig(**config))
     torch.manual_seed(0)
     for parameter in layer.parameters():
@@ -119,7 +119,7 @@ def test_the_tiles_that_a_gpu_may_choose(ffn_type, monkeypatch):
 
     options = {"tokens": 100, "dim": 24, "hidden_dim": 40, "num_experts": 3, "ffn_type": ffn_type}
     small = launch.choose("up", torch.device("cpu"), torch.float32, 24, 40)
-    monkeypatch.setattr(launch, "choose", lambda *_: small._replace(early=True, store=True, parts=4))
+    monkeypatch.setattr(launch, "choose", lambda *_: small._replace(early=True, store=True, parts=4, gathered=True, stream=True))
     compare(**options)
     monkeypatch.setattr(launch, "tma", lambda device: False)
     compare(**options)

@@ -48,3 +48,26 @@ def combine_kernel(
         acc.to(out_ptr.dtype.element_ty),
         mask=(t < T)[:, None] & (d < D)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["R"])
+def gather_kernel(
+    x_ptr,
+    token_ptr,
+    end_ptr,
+    out_ptr,
+    R,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BR: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """out_RD = x[token]; zeros for rows behind the last expert's."""
+    row = tl.program_id(0) * BR + tl.arange(0, BR)
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+    real = row < tl.minimum(tl.load(end_ptr + E - 1), R)
+    token = tl.load(token_ptr + row, mask=real, other=0).to(tl.int64)
+    x = tl.load(x_ptr + token[:, None] * D + d[None, :], mask=real[:, None] & (d < D)[None, :], other=0.0)
+    tl.store(
+        out_ptr + row.to(tl.int64)[:, None] * D + d[None, :], x, mask=(row < R)[:, None] & (d < D)[None, :]
+    )

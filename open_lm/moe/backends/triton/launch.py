@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from open_lm.moe.backends.triton.combine import combine_kernel
+from open_lm.moe.backends.triton.combine import combine_kernel, gather_kernel
 from open_lm.moe.backends.triton.rows import rows_kernel, up_backward_kernel, up_kernel
 from open_lm.moe.backends.triton.table import Tile, block_rows, choose, hopper, interpreted
 from open_lm.moe.backends.triton.tiles import schedule_kernel
@@ -58,7 +58,13 @@ def _grid(tile: Tile, tiles: int, device: torch.device) -> tuple[int]:
 
 def _meta(tile: Tile) -> dict[str, int]:
     return {"BN": tile.columns, "BK": tile.depth, "GROUP": tile.group, "num_warps": tile.warps,
-            "num_stages": tile.stages}  # fmt: skip
+            "num_stages": tile.stages} | ({"maxnreg": tile.registers} if tile.registers else {})  # fmt: skip
+
+
+def gathers(h: Tensor, D: int, gated: bool) -> bool:
+    """Whether `up_backward` takes rows that are gathered already."""
+    tile = choose("up_backward_gated" if gated else "up_backward", h.device, h.dtype, D, h.shape[1])
+    return tile is not None and tile.gathered and tma(h.device)
 
 
 def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
@@ -92,14 +98,14 @@ def up(
         *(_descriptor(y, block, True) if store else None for y in (h, u, a)), table, M, R, D=D, F=width, KIND=kind,
         FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None, BIASED=b is not None,
         SCALED=scale_R is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, TMA_STORE=store,
-        **_meta(tile),
+        STREAM=tile.stream, **_meta(tile),
     )  # fmt: skip
     return h, u, a
 
 
 def up_backward(
     g_TD: Tensor, token_R: Tensor, w2: Tensor, b2: Tensor | None, weight_R: Tensor, h: Tensor, u: Tensor | None,
-    table: Tensor, kind: str, tile: Tile | None = None,
+    table: Tensor, kind: str, g_RD: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(dh_RF, du_RF if gated, weight * a_RF, the gradient of weight_R): see `rows.up_backward_kernel`."""
     R, (E, width, D) = token_R.numel(), w2.shape
@@ -113,12 +119,15 @@ def up_backward(
     # zeros: rows that were dropped are in no tile
     partial = torch.zeros(columns, R, dtype=torch.float32, device=h.device)
     store = use and tile.store
+    gathered = use and g_RD is not None
+    g_desc = _descriptor(g_RD, [BM, tile.depth], True) if gathered else None
     block = [BM, tile.columns // tile.parts]
     up_backward_kernel[_grid(tile, M * columns, h.device)](
-        g_TD, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a,
+        g_TD, g_desc, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a,
         *(_descriptor(y, block, True) if store else None for y in (dh, du, a)), partial, table, M, R, D=D, F=width,
         KIND=kind, FAST=fast(h), PRECISION=precision(h.dtype), GATED=u is not None, BIASED=b2 is not None, TMA=use,
-        BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, EARLY=tile.early, TMA_STORE=store, **_meta(tile),
+        BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, EARLY=tile.early, TMA_STORE=store, STREAM=tile.stream,
+        GATHERED=gathered, **_meta(tile),
     )  # fmt: skip
     return dh, du, a, partial.sum(dim=0)
 
@@ -149,14 +158,17 @@ def rows(
 
 def weights(
     x: Tensor, token_R: Tensor, scale_R: Tensor | None, y: Tensor, end_E: Tensor, gather_left: bool, biased: bool,
-    tile: Tile | None = None,
+    x_R: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """(dw_EPQ, db_EQ if `biased`): see `weights.weights_kernel`; x (T, ·) is gathered, y (R, ·) is not."""
+    """(dw_EPQ, db_EQ if `biased`): see `weights.weights_kernel`; x (T, ·) is gathered, y (R, ·) is not.
+
+    x_R are x's rows if they have been gathered already.
+    """
     R, E = token_R.numel(), end_E.numel()
     P, Q = (x.shape[1], y.shape[1]) if gather_left else (y.shape[1], x.shape[1])
     tile = tile or choose("dw1" if gather_left else "dw2", x.device, x.dtype, x.shape[1], y.shape[1])
     if tile is None and scale_R is None and not biased:
-        return by_grouped_mm(x[token_R], y, end_E, gather_left), None
+        return by_grouped_mm(gather(x, token_R, end_E) if x_R is None else x_R, y, end_E, gather_left), None
     tile = tile or Tile(128, 64, 4, 3)
     use = tma(x.device)
     dw = x.new_empty(E, P, Q)
@@ -183,7 +195,7 @@ def both_weights(
     """(dw1, db1) and, if gated, (dv1, dc1); where torch's product is the faster, x is gathered once for both."""
     tile = choose("dw1", x.device, x.dtype, x.shape[1], dh.shape[1])
     if tile is None and scale_R is None and not biased:
-        x_R = x[token_R]
+        x_R = gather(x, token_R, end_E)
         found = [None if y is None else by_grouped_mm(x_R, y, end_E, x_left=True) for y in (dh, du)]
         assert found[0] is not None
         return (found[0], None), (found[1], None)
@@ -191,6 +203,16 @@ def both_weights(
     if du is None:
         return of_h, (None, None)
     return of_h, weights(x, token_R, scale_R, du, end_E, gather_left=True, biased=biased)
+
+
+def gather(x_TD: Tensor, token_R: Tensor, end_E: Tensor) -> Tensor:
+    """x_TD[token_R]; zeros for rows behind the last expert's."""
+    R, D = len(token_R), x_TD.shape[1]
+    out = x_TD.new_empty(R, D)
+    BD = min(triton.next_power_of_2(D), 256)
+    grid = (triton.cdiv(R, 8), triton.cdiv(D, BD))
+    gather_kernel[grid](x_TD, token_R, end_E, out, R, D=D, E=len(end_E), BR=8, BD=BD)
+    return out
 
 
 def by_grouped_mm(x_R: Tensor, y: Tensor, end_E: Tensor, x_left: bool) -> Tensor:

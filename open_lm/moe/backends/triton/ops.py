@@ -93,13 +93,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x_TD, w1, v1, w2, b1, c1, b2, weight_R and scale_R."""
     gated = v1 is not None
+    g_RD = launch.gather(g_TD, token_R, end_E) if launch.gathers(h, g_TD.shape[1], gated) else None
     dh, du, a, dweight_R = launch.up_backward(
-        g_TD, token_R, w2, b2, weight_R, h, u if gated else None, table, kind
+        g_TD, token_R, w2, b2, weight_R, h, u if gated else None, table, kind, g_RD
     )
     # db2 is the sum of weight * g, dw2 that of weight * a ⊗ g
     scale = None if b2 is None else weight_R
-    dw2, db2 = launch.weights(g_TD, token_R, scale, a, end_E, gather_left=False, biased=b2 is not None)
-    del a
+    dw2, db2 = launch.weights(
+        g_TD, token_R, scale, a, end_E, gather_left=False, biased=b2 is not None, x_R=g_RD
+    )
+    del a, g_RD
     dx_RD = launch.rows(dh, w1, du, v1, None, end_E, table, transposed=True)
     dx_TD = launch.combine(dx_RD, scale_R, row, start_T1, end_E, len(x_TD))
     dscale_R = None

@@ -17,35 +17,58 @@ def _bias(ptr, e, n, N: tl.constexpr):
     return tl.load(ptr + e.to(tl.int64) * N + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
 
 
+@triton.jit
+def _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT: tl.constexpr, GROUP: tl.constexpr):
+    """A tile's expert, first row, end of the rows it may write, and column; of no tile: no rows."""
+    m, nt = place(tile, tiles_m, NT, GROUP)
+    there = tile < tiles
+    e = tl.load(tile_ptr + m, mask=there, other=0)
+    row0 = tl.load(tile_ptr + M + m, mask=there, other=0)
+    end = tl.load(tile_ptr + 2 * M + m, mask=there, other=0)
+    return e, row0, tl.minimum(end, R), nt
+
+
 @triton.jit(do_not_specialize=["M", "R"])
 def up_kernel(
     x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, h_desc, u_desc, a_desc, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr, TMA_STORE: tl.constexpr,
+    PARTS: tl.constexpr, TMA_STORE: tl.constexpr, STREAM: tl.constexpr,
 ):  # fmt: skip
     """h_RF = scale x[token] w + b, u_RF = scale x[token] v + c if gated, a_RF = the activation of both."""
     NT: tl.constexpr = (F + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
     total = tl.load(tile_ptr + 3 * M + 1)
-    for tile in tl.range(tl.program_id(0), tiles_m * NT, tl.num_programs(0), flatten=FLATTEN):
-        m, nt = place(tile, tiles_m, NT, GROUP)
-        e = tl.load(tile_ptr + m)
-        row0 = tl.load(tile_ptr + M + m)
-        end = tl.minimum(tl.load(tile_ptr + 2 * M + m), R)
+    step, tiles = tl.num_programs(0), tiles_m * NT
+    # A tile's indices are fetched one tile ahead, its place in the table two: nothing waits for them.
+    e, row0, end, nt = _tile(tile_ptr, tl.program_id(0), tiles, tiles_m, M, R, NT, GROUP)
+    next_e, next_row0, next_end, next_nt = _tile(
+        tile_ptr, tl.program_id(0) + step, tiles, tiles_m, M, R, NT, GROUP
+    )
+    token = tl.load(
+        token_ptr + row0 + tl.arange(0, BM), mask=row0 + tl.arange(0, BM) < tl.minimum(end, total), other=0
+    )
+    for tile in tl.range(tl.program_id(0), tiles, step, flatten=FLATTEN):
         row = row0 + tl.arange(0, BM)
         real = row < tl.minimum(end, total)
-        token = tl.load(token_ptr + row, mask=real, other=0).to(tl.int64)
+        next_row = next_row0 + tl.arange(0, BM)
+        next_token = tl.load(token_ptr + next_row, mask=next_row < tl.minimum(next_end, total), other=0)
+        after_e, after_row0, after_end, after_nt = _tile(
+            tile_ptr, tile + 2 * step, tiles, tiles_m, M, R, NT, GROUP
+        )
+        token_64 = token.to(tl.int64)
         n0 = nt * BN
         n = n0 + tl.arange(0, BN)
         h = tl.zeros((BM, BN), tl.float32)
         u = h
         if GATED:
             # one loop with both products: x is read once
-            h, u = _two_products(h, u, x_ptr, token, w, v, e, n0, D, F, PRECISION, TMA, BN, BK)
+            h, u = _two_products(h, u, x_ptr, token_64, w, v, e, n0, D, F, PRECISION, TMA, BN, BK)
         else:
-            h = multiply_tile(h, x_ptr, token, row0, w, e, n0, D, F, False, PRECISION, False, TMA, BM, BN, BK)
+            h = multiply_tile(
+                h, x_ptr, token_64, row0, w, e, n0, D, F, False, PRECISION, False, TMA, BM, BN, BK
+            )
         if SCALED:
             scale = tl.load(scale_ptr + row, mask=real, other=0.0)[:, None]
             h *= scale
@@ -58,36 +81,24 @@ def up_kernel(
         low = x_ptr.dtype.element_ty
         if TMA_STORE and row0 + BM <= end:
             _store_activated(
-                h,
-                u,
-                h_desc,
-                u_desc,
-                a_desc,
-                row,
-                row0,
-                end,
-                n0,
-                low,
-                F,
-                KIND,
-                FAST,
-                GATED,
-                True,
-                BM,
-                BN,
+                h, u, h_desc, u_desc, a_desc, row, row0, end, n0, low, F, KIND, FAST, GATED, True, STREAM, BM, BN,
                 PARTS,
-            )
+            )  # fmt: skip
         else:
             _store_activated(
-                h, u, h_ptr, u_ptr, a_ptr, row, row0, end, n0, low, F, KIND, FAST, GATED, False, BM, BN, PARTS
-            )
+                h, u, h_ptr, u_ptr, a_ptr, row, row0, end, n0, low, F, KIND, FAST, GATED, False, STREAM, BM, BN,
+                PARTS,
+            )  # fmt: skip
+        token = next_token
+        e, row0, end, nt = next_e, next_row0, next_end, next_nt
+        next_e, next_row0, next_end, next_nt = after_e, after_row0, after_end, after_nt
 
 
 @triton.jit
 def _store_activated(
     h, u, h_to, u_to, a_to, row, row0, end, n0, low: tl.constexpr,
     F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    STREAM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     if PARTS > 1:
         left, right = _halves(h, BM, BN)
@@ -95,26 +106,26 @@ def _store_activated(
         if GATED:
             u_left, u_right = _halves(u, BM, BN)
         _store_activated(
-            left, u_left, h_to, u_to, a_to, row, row0, end, n0, low, F, KIND, FAST, GATED, TMA, BM, BN // 2,
+            left, u_left, h_to, u_to, a_to, row, row0, end, n0, low, F, KIND, FAST, GATED, TMA, STREAM, BM, BN // 2,
             PARTS // 2,
         )  # fmt: skip
         _store_activated(
-            right, u_right, h_to, u_to, a_to, row, row0, end, n0 + BN // 2, low, F, KIND, FAST, GATED, TMA, BM,
+            right, u_right, h_to, u_to, a_to, row, row0, end, n0 + BN // 2, low, F, KIND, FAST, GATED, TMA, STREAM, BM,
             BN // 2, PARTS // 2,
         )  # fmt: skip
     else:
         # the activation is that of the number which is saved
         h_low = h.to(low)
         if h_to is not None:
-            _store(h_to, h_low, row, row0, end, n0, F, TMA, BM, BN)
+            _store(h_to, h_low, row, row0, end, n0, F, TMA, STREAM, BM, BN)
         a = activate(h_low.to(tl.float32), KIND, FAST)
         if GATED:
             u_low = u.to(low)
             if u_to is not None:
-                _store(u_to, u_low, row, row0, end, n0, F, TMA, BM, BN)
+                _store(u_to, u_low, row, row0, end, n0, F, TMA, STREAM, BM, BN)
             a *= u_low.to(tl.float32)
         if a_to is not None:
-            _store(a_to, a, row, row0, end, n0, F, TMA, BM, BN)
+            _store(a_to, a, row, row0, end, n0, F, TMA, STREAM, BM, BN)
 
 
 @triton.jit
@@ -146,58 +157,79 @@ def _two_products(
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_backward_kernel(
-    g_ptr, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, dh_desc, du_desc, a_desc,
-    partial_ptr, tile_ptr, M, R,
+    g_ptr, g_desc, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, dh_desc, du_desc,
+    a_desc, partial_ptr, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr, EARLY: tl.constexpr, TMA_STORE: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, TMA_STORE: tl.constexpr, STREAM: tl.constexpr,
+    GATHERED: tl.constexpr,
 ):  # fmt: skip
     """From the layer's gradient g_TD through the down-projection and the activation, in one pass.
 
-    With p = g[token] w2ᵀ and the activation a of h (and u): dh and du are weight * p times a's derivatives, a_RF
+    GATHERED: g_desc has g[token] already. With p = g[token] w2ᵀ and the activation a of h (and u): dh and du are weight * p times a's derivatives, a_RF
     becomes weight * a, and partial (F / BN, R) the parts of the weight's own gradient sum_f p_f a_f (+ g b2).
     """
     NT: tl.constexpr = (F + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
     total = tl.load(tile_ptr + 3 * M + 1)
-    for tile in tl.range(tl.program_id(0), tiles_m * NT, tl.num_programs(0), flatten=FLATTEN):
-        m, nt = place(tile, tiles_m, NT, GROUP)
-        e = tl.load(tile_ptr + m)
-        row0 = tl.load(tile_ptr + M + m)
-        end = tl.minimum(tl.load(tile_ptr + 2 * M + m), R)
+    step, tiles = tl.num_programs(0), tiles_m * NT
+    # A tile's indices are fetched one tile ahead, its place in the table two: nothing waits for them.
+    e, row0, end, nt = _tile(tile_ptr, tl.program_id(0), tiles, tiles_m, M, R, NT, GROUP)
+    next_e, next_row0, next_end, next_nt = _tile(
+        tile_ptr, tl.program_id(0) + step, tiles, tiles_m, M, R, NT, GROUP
+    )
+    token = tl.load(
+        token_ptr + row0 + tl.arange(0, BM), mask=row0 + tl.arange(0, BM) < tl.minimum(end, total), other=0
+    )
+    for tile in tl.range(tl.program_id(0), tiles, step, flatten=FLATTEN):
         row = row0 + tl.arange(0, BM)
         real = row < tl.minimum(end, total)
-        token = tl.load(token_ptr + row, mask=real, other=0).to(tl.int64)
+        next_row = next_row0 + tl.arange(0, BM)
+        next_token = tl.load(token_ptr + next_row, mask=next_row < tl.minimum(next_end, total), other=0)
+        after_e, after_row0, after_end, after_nt = _tile(
+            tile_ptr, tile + 2 * step, tiles, tiles_m, M, R, NT, GROUP
+        )
+        token_64 = token.to(tl.int64)
         n0 = nt * BN
         n = n0 + tl.arange(0, BN)
         if EARLY:
             # fetched while the product is computed
             h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
         p = tl.zeros((BM, BN), tl.float32)
-        p = multiply_tile(p, g_ptr, token, row0, w2, e, n0, D, F, True, PRECISION, False, TMA, BM, BN, BK)
+        if GATHERED:
+            p = multiply_tile(p, g_desc, row, row0, w2, e, n0, D, F, True, PRECISION, True, TMA, BM, BN, BK)
+        else:
+            p = multiply_tile(
+                p, g_ptr, token_64, row0, w2, e, n0, D, F, True, PRECISION, False, TMA, BM, BN, BK
+            )
         weight = tl.load(weight_ptr + row, mask=real, other=0.0)
         if not EARLY:
             h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
         # With descriptors a tile is stored in the background; they do not know where an expert's rows end.
         if TMA_STORE and row0 + BM <= end:
             part = _through_activation(
-                p, h, u, weight, dh_desc, du_desc, a_desc, row, row0, end, n0, F, KIND, FAST, GATED, True, BM, BN,
-                PARTS,
+                p, h, u, weight, dh_desc, du_desc, a_desc, row, row0, end, n0, F, KIND, FAST, GATED, True, STREAM, BM,
+                BN, PARTS,
             )  # fmt: skip
         else:
             part = _through_activation(
-                p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, row0, end, n0, F, KIND, FAST, GATED, False, BM, BN,
-                PARTS,
+                p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, row0, end, n0, F, KIND, FAST, GATED, False, STREAM, BM,
+                BN, PARTS,
             )  # fmt: skip
         if BIASED:
             if nt == 0:
                 for d0 in range(0, D, BK):
                     d = d0 + tl.arange(0, BK)
                     there = real[:, None] & (d < D)[None, :]
-                    g = tl.load(g_ptr + token[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+                    g = tl.load(g_ptr + token_64[:, None] * D + d[None, :], mask=there, other=0.0).to(
+                        tl.float32
+                    )
                     part += tl.sum(g * _bias(b2_ptr, e, d, D), 1)
         tl.store(partial_ptr + nt.to(tl.int64) * R + row, part, mask=row < end)
+        token = next_token
+        e, row0, end, nt = next_e, next_row0, next_end, next_nt
+        next_e, next_row0, next_end, next_nt = after_e, after_row0, after_end, after_nt
 
 
 @triton.jit
@@ -221,21 +253,28 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _store(to, x, row, row0, end, n0, F: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile of columns n0… to `to`: a descriptor, or a pointer and only up to row `end` and column F."""
+def _store(
+    to, x, row, row0, end, n0, F: tl.constexpr, TMA: tl.constexpr, STREAM: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """A tile of columns n0… to `to`: a descriptor, or a pointer and only up to row `end` and column F.
+
+    STREAM: past the L2, where operands should stay.
+    """
     if TMA:
         to.store([row0, n0], x.to(to.dtype))
     else:
         n = n0 + tl.arange(0, BN)
         mask = (row < end)[:, None] & (n < F)[None, :]
-        tl.store(to + row.to(tl.int64)[:, None] * F + n[None, :], x.to(to.dtype.element_ty), mask=mask)
+        ptrs = to + row.to(tl.int64)[:, None] * F + n[None, :]
+        tl.store(ptrs, x.to(to.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
 
 
 @triton.jit
 def _through_activation(
     p, h, u, weight, dh, du, wa, row, row0, end, n0,
     F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    STREAM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores what up_backward_kernel does of BN columns, PARTS at a time for want of registers; sum_f p_f a_f."""
     if PARTS > 1:
@@ -245,23 +284,23 @@ def _through_activation(
         if GATED:
             u_left, u_right = _halves(u, BM, BN)
         part = _through_activation(
-            p_left, h_left, u_left, weight, dh, du, wa, row, row0, end, n0, F, KIND, FAST, GATED, TMA, BM, BN // 2,
+            p_left, h_left, u_left, weight, dh, du, wa, row, row0, end, n0, F, KIND, FAST, GATED, TMA, STREAM, BM, BN // 2,
             PARTS // 2,
         )  # fmt: skip
         part += _through_activation(
             p_right, h_right, u_right, weight, dh, du, wa, row, row0, end, n0 + BN // 2, F, KIND, FAST, GATED, TMA,
-            BM, BN // 2, PARTS // 2,
+            STREAM, BM, BN // 2, PARTS // 2,
         )  # fmt: skip
         return part
     else:
         # Bound to p: else the compiler computes the activation twice, in the layouts of p and of the stores.
         a, slope = activate_and_slope(h.to(tl.float32) + 0.0 * p, KIND, FAST)
         if GATED:
-            _store(du, p * a * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
+            _store(du, p * a * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
             slope *= u.to(tl.float32)
             a *= u.to(tl.float32)
-        _store(dh, p * slope * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
-        _store(wa, a * weight[:, None], row, row0, end, n0, F, TMA, BM, BN)
+        _store(dh, p * slope * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
+        _store(wa, a * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
         return tl.sum(p * a, 1)
 
 
@@ -294,6 +333,6 @@ def rows_kernel(
         if BIASED:
             y += _bias(b_ptr, e, n, N)
         if TMA_STORE and row0 + BM <= end:
-            _store(y_desc, y, row, row0, end, n0, N, True, BM, BN)
+            _store(y_desc, y, row, row0, end, n0, N, True, False, BM, BN)
         else:
-            _store(y_ptr, y, row, row0, end, n0, N, False, BM, BN)
+            _store(y_ptr, y, row, row0, end, n0, N, False, False, BM, BN)

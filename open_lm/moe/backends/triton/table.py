@@ -37,6 +37,12 @@ class Tile(NamedTuple):
     """Whether pre-activations are fetched while the product is computed, and wait in registers."""
     store: bool = False
     """Whether whole tiles are stored by descriptor, in the background."""
+    stream: bool = False
+    """Whether results are stored past the L2."""
+    gathered: bool = False
+    """Whether rows are gathered before, not while they are loaded."""
+    registers: int | None = None
+    """The most registers a thread may have."""
     rows: int = 128
     """Rows of a tile; of the kernels that run over rows all have `block_rows`."""
 
@@ -44,7 +50,9 @@ class Tile(NamedTuple):
 SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32)  # the interpreter's
 WIDE = Tile(64, 32, 4, 3, per_sm=2, parts=2, rows=64)  # for 32 bits
 
-HALF = Tile(128, 64, 4, 3)  # for weights' gradients where the table has torch's, which is made for bfloat16 alone
+HALF = Tile(
+    128, 64, 4, 3
+)  # for weights' gradients where the table has torch's, which is made for bfloat16 alone
 AMPERE = {
     "up": Tile(128, 32, 4, 3, per_sm=2, parts=2),
     "up_gated": Tile(64, 32, 4, 3, per_sm=2, parts=2),

@@ -41,7 +41,7 @@ def schedule_kernel(
 def place(tile, tiles_m, NT: tl.constexpr, GROUP: tl.constexpr):
     """(m, n) of a tile: GROUP tiles of rows take turns before the next column, so that both stay in the L2."""
     first = tile // (GROUP * NT) * GROUP
-    size = tl.minimum(tiles_m - first, GROUP)
+    size = tl.maximum(tl.minimum(tiles_m - first, GROUP), 1)  # 1: of a tile behind the last
     inside = tile % (GROUP * NT)
     return first + inside % size, inside // size
 
