@@ -37,7 +37,9 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
         return [*found, Tile(64, 64, 4, 3, 2, 8, 1)]
     if kernel == "up":
         found = [Tile(256, 64, 8, s, 1, 8, 2, stream=t) for s, t in product((3, 4), yes_or_no)]
-        found += [Tile(128, 64, 8, 3, 2, 8, p, stream=t, registers=128) for p, t in product((1, 2, 4), yes_or_no)]
+        found += [
+            Tile(128, 64, 8, 3, 2, 8, p, stream=t, registers=128) for p, t in product((1, 2, 4), yes_or_no)
+        ]
         found += [Tile(128, 64, 8, 3, 2, 16, 2, registers=128), Tile(128, 64, 4, 3, 2, 8, 1)]
         thinner = [Tile(128, 32, 4, s, 2, 8, p) for s, p in product((4, 6), (1, 2))]
         thinner += [Tile(128, 32, 8, s, 2, 8, p, registers=128) for s, p in product((4, 6), (1, 2))]
@@ -51,11 +53,17 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
         found += [Tile(128, 64, 8, 3, 2, 16, 4, gathered=g, registers=128) for g in yes_or_no]
         found += [Tile(128, 64, 4, 3, 2, 8, 4, early=e, gathered=g) for e, g in product(yes_or_no, yes_or_no)]
         if gated:
-            found += [Tile(128, 64, 8, 4, 1, 8, p, early=True, gathered=g) for p, g in product((2, 4), yes_or_no)]
+            found += [
+                Tile(128, 64, 8, 4, 1, 8, p, early=True, gathered=g) for p, g in product((2, 4), yes_or_no)
+            ]
         else:
-            found += [Tile(256, 64, 8, s, 1, 8, 4, early=s == 3, gathered=g) for s, g in product((3, 4), yes_or_no)]
+            found += [
+                Tile(256, 64, 8, s, 1, 8, 4, early=s == 3, gathered=g) for s, g in product((3, 4), yes_or_no)
+            ]
         thinner = [Tile(128, 32, 4, 4, 2, 8, 4, early=True, gathered=g) for g in yes_or_no]
-        thinner += [Tile(128, 32, 8, 4, 2, 8, p, early=e, registers=128) for p, e in product((4, 8), yes_or_no)]
+        thinner += [
+            Tile(128, 32, 8, 4, 2, 8, p, early=e, registers=128) for p, e in product((4, 8), yes_or_no)
+        ]
         return found + (thinner if thin else [])
     if kernel in ("down", "down_backward"):
         found = [Tile(256, 64, 8, s, 1, 8, flatten=f) for s, f in product((3, 4), (False, True))]
@@ -74,6 +82,7 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
     thinner = [Tile(64, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=64),
                Tile(32, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=32),
                Tile(256, 64, 4, 4, group=4, rows=32), Tile(32, 64, 4, 4, group=4, rows=256)]  # fmt: skip
+    thinner += [tile._replace(chunks=c) for tile in (*found[:1], *thinner[:2]) for c in (16, 32)]
     return found + (thinner if thin else [])
 
 
@@ -97,10 +106,14 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
     if kernel == "up":
         return lambda tile: launch.up(x, token_R, w1, v1, None, None, None, table, kind, tile=tile), None
     if kernel == "up_backward":
-        x_RD = launch.gather(x, token_R, end_E)
-        ours = lambda tile: launch.up_backward(
-            x, token_R, w2, None, weight_R, h, u, table, kind, x_RD if tile.gathered else None, tile
-        )
+        # torch's product for dw2 needs the gathered rows anyhow
+        free = launch.choose("dw2", x.device, dtype, D, width) is None
+        gathered = launch.gather(x, token_R, end_E)
+
+        def ours(tile: Tile):
+            x_RD = (gathered if free else launch.gather(x, token_R, end_E)) if tile.gathered else None
+            return launch.up_backward(x, token_R, w2, None, weight_R, h, u, table, kind, x_RD, tile)
+
         return ours, None
     if kernel == "down":
         ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
@@ -124,7 +137,10 @@ def update(kernel: str, shape: Shape, tile: Tile | None) -> None:
     defaults = Tile._field_defaults
     fields = tile and {k: v for k, v in tile._asdict().items() if k not in defaults or v != defaults[k]}
     table[kernel] = sorted([*rows, [shape.dim, shape.width, fields]], key=lambda row: row[:2])
-    lines = [f"  {json.dumps(k)}: [\n    " + ",\n    ".join(map(json.dumps, table[k])) + "\n  ]" for k in sorted(table)]
+    lines = [
+        f"  {json.dumps(k)}: [\n    " + ",\n    ".join(map(json.dumps, table[k])) + "\n  ]"
+        for k in sorted(table)
+    ]
     HOPPER.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
@@ -147,7 +163,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--best", type=int, default=5, help="lines per kernel to print")
     parser.add_argument("--output", help="append one JSON line per candidate to this file")
-    parser.add_argument("--write", action="store_true", help="put the fastest tiles into the table of this device")
+    parser.add_argument(
+        "--write", action="store_true", help="put the fastest tiles into the table of this device"
+    )
     chosen = parser.parse_args()
     tasks = [
         (name, kernel, tile)

@@ -246,7 +246,9 @@ def gradients(layer: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
     g = torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).bfloat16().half().to(y.dtype)
     torch.autograd.backward([y, stats.loss], [g, None])
     assert x.grad is not None
-    return {"y": y.detach(), "x": x.grad} | {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad} | {
+        n: p.grad for n, p in layer.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("dtype", TRITON_TOLERANCES)
@@ -318,7 +320,9 @@ def test_triton_compiled_and_as_a_cuda_graph(ffn_type):
     for name, a in first.items():
         assert torch.equal(a, second[name]), name
         assert torch.equal(a, replayed[name]), name
-        if name != "router.layer.weight":  # close scores of the loop's float32 input choose others here and there
+        if (
+            name != "router.layer.weight"
+        ):  # close scores of the loop's float32 input choose others here and there
             assert (a.double() - wanted[name].double()).norm() <= 2e-2 * wanted[name].double().norm(), name
 
 

@@ -13,6 +13,7 @@ from open_lm.moe.backends import reference
 from open_lm.moe.backends.triton import load, triton
 from open_lm.moe.experts import EXPERTS
 from open_lm.moe.layer import MoE
+from open_lm.moe.routing import sort_by_expert
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -93,12 +94,28 @@ OPTIONS = {
     "three choices": {"top_k": 3, "expert_bias": True},
     "drops": {"capacity_factor": 0.5, "expert_bias": True},
     "all but few dropped": {"capacity_factor": 0.1, "tokens": 40, "ffn_type": "swiglu"},
-    "input weights": {"capacity_factor": 0.5, "straight_through": True, "drop_policy": "probs", "expert_bias": True},
+    "input weights": {
+        "capacity_factor": 0.5,
+        "straight_through": True,
+        "drop_policy": "probs",
+        "expert_bias": True,
+    },
     "padded": {"capacity_factor": 0.8, "pad_to_capacity": True, "expert_bias": True},
     "padded input weights": {"capacity_factor": 0.8, "pad_to_capacity": True, "straight_through": True},
     "experts choose": {"router": "expert_choice", "capacity_factor": 1.0, "ffn_type": "swiglu"},
-    "more rows than a tile, widths of several": {"tokens": 150, "dim": 70, "hidden_dim": 101, "num_experts": 3},
-    "gated, the same": {"tokens": 150, "dim": 70, "hidden_dim": 64, "num_experts": 3, "ffn_type": "geglu_tanh"},
+    "more rows than a tile, widths of several": {
+        "tokens": 150,
+        "dim": 70,
+        "hidden_dim": 101,
+        "num_experts": 3,
+    },
+    "gated, the same": {
+        "tokens": 150,
+        "dim": 70,
+        "hidden_dim": 64,
+        "num_experts": 3,
+        "ffn_type": "geglu_tanh",
+    },
     "many experts": {"num_experts": 100, "top_k": 9, "tokens": 10},
     "one expert": {"num_experts": 1, "top_k": 1},
     "no tokens": {"tokens": 0},
@@ -119,7 +136,11 @@ def test_the_tiles_that_a_gpu_may_choose(ffn_type, monkeypatch):
 
     options = {"tokens": 100, "dim": 24, "hidden_dim": 40, "num_experts": 3, "ffn_type": ffn_type}
     small = launch.choose("up", torch.device("cpu"), torch.float32, 24, 40)
-    monkeypatch.setattr(launch, "choose", lambda *_: small._replace(early=True, store=True, parts=4, gathered=True, stream=True))
+    monkeypatch.setattr(
+        launch,
+        "choose",
+        lambda *_: small._replace(early=True, store=True, parts=4, gathered=True, stream=True),
+    )
     compare(**options)
     monkeypatch.setattr(launch, "tma", lambda device: False)
     compare(**options)
@@ -134,7 +155,9 @@ def test_dropped_rows_are_read_by_nobody():
     y_RD = torch.full((8, 16), torch.nan)
     y_RD[:5] = torch.randn(5, 16)
     row_TK = torch.tensor([[0, 7], [6, 5], [1, 2], [3, 4]], dtype=torch.int32)
-    y_TD = launch.combine(y_RD, torch.full((8,), torch.nan).index_fill(0, torch.arange(5), 2), row_TK, None, end_E, 4)
+    y_TD = launch.combine(
+        y_RD, torch.full((8,), torch.nan).index_fill(0, torch.arange(5), 2), row_TK, None, end_E, 4
+    )
     wanted = torch.stack([y_RD[0], 0 * y_RD[0], y_RD[1] + y_RD[2], y_RD[3] + y_RD[4]]) * 2
     torch.testing.assert_close(y_TD, wanted)
 
@@ -173,6 +196,25 @@ def test_top_k(E, K):
     assert found[:3].tolist() == [list(range(K))] * 3
     assert found[3, 0] == E - 1
     assert (found.sort(dim=1).values.diff(dim=1) > 0).all(), "an expert twice"
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("T", "E", "K"), [(400, 8, 2), (100, 5, 5), (70, 300, 8), (1, 2, 1), (0, 4, 2), (300, 1, 1)]
+)
+def test_sorting_by_counting(T, E, K):
+    """The Routing that torch's stable sort makes."""
+    from open_lm.moe.backends.triton.sorting import sort_rows
+
+    torch.manual_seed(0)
+    expert_TK = torch.rand(T, E).topk(K).indices
+    wanted = sort_by_expert(expert_TK, torch.rand(T, K), torch.zeros(T, E))
+    token_R, order_R, row_TK, count_E = sort_rows(expert_TK, E)
+    assert torch.equal(order_R, expert_TK.flatten().sort(stable=True).indices)
+    assert torch.equal(token_R, wanted.token_R)
+    assert torch.equal(row_TK, wanted.row_TK)
+    assert torch.equal(count_E, wanted.count_E)
+    torch.library.opcheck(sort_rows, (expert_TK, E), test_utils=("test_schema", "test_faketensor"))
 
 
 @interpreted

@@ -42,6 +42,7 @@ def top_k(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         chosen_TK,
         weight_TK * config.weight_scale,
         logits_TE,
+        kernels=config.backend == "triton",
         probability_TE=probability_TE,
         choice_TK=best(key_TE.detach(), config) if limited else chosen_TK,
     )

@@ -19,7 +19,7 @@ from open_lm.moe.backends.triton.combine import combine_kernel, gather_kernel
 from open_lm.moe.backends.triton.rows import rows_kernel, up_backward_kernel, up_kernel
 from open_lm.moe.backends.triton.table import Tile, block_rows, choose, hopper, interpreted
 from open_lm.moe.backends.triton.tiles import schedule_kernel
-from open_lm.moe.backends.triton.weights import weights_kernel
+from open_lm.moe.backends.triton.weights import add_chunks_kernel, weights_kernel
 
 
 @cache
@@ -74,7 +74,7 @@ def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
     table = end_E.new_empty(3 * M + 2)
     EP = triton.next_power_of_2(E)
     BLOCK = max(16, min(128, 8192 // EP))
-    schedule_kernel[(triton.cdiv(M, BLOCK),)](end_E, table, M, E=E, EP=EP, BM=block, BLOCK=BLOCK)
+    schedule_kernel[(triton.cdiv(M, BLOCK),)](end_E, table, M, block, E=E, EP=EP, BLOCK=BLOCK)
     return table
 
 
@@ -171,16 +171,28 @@ def weights(
         return by_grouped_mm(gather(x, token_R, end_E) if x_R is None else x_R, y, end_E, gather_left), None
     tile = tile or Tile(128, 64, 4, 3)
     use = tma(x.device)
-    dw = x.new_empty(E, P, Q)
+    chunk, chunks, C = 0, None, 0
+    if tile.chunks and not biased:
+        chunk = triton.cdiv(triton.cdiv(R, tile.chunks), 128) * 128
+        chunks = schedule(end_E, R, chunk)
+        C = (chunks.numel() - 2) // 3
+    out = x.new_empty(C or E, P, Q, dtype=torch.float32 if C else x.dtype)
     db = x.new_empty(E, Q) if biased else None
     block = [tile.depth, tile.columns if gather_left else tile.rows]
     meta = _meta(tile)
     meta["BQ"] = meta.pop("BN")
-    weights_kernel[(E * triton.cdiv(P, tile.rows) * triton.cdiv(Q, tile.columns),)](
-        x, token_R, scale_R, _descriptor(y, block, use), dw, db, end_E, R, E=E, P=P, Q=Q, GATHER_LEFT=gather_left,
-        SCALED=scale_R is not None, BIASED=biased, PRECISION=precision(x.dtype), TMA=use, BP=tile.rows, **meta,
+    weights_kernel[((C or E) * triton.cdiv(P, tile.rows) * triton.cdiv(Q, tile.columns),)](
+        x, token_R, scale_R, _descriptor(y, block, use), out, db, end_E, chunks, C, chunk, R, E=E, P=P, Q=Q,
+        GATHER_LEFT=gather_left, SCALED=scale_R is not None, BIASED=biased, PRECISION=precision(x.dtype), TMA=use,
+        BP=tile.rows, SPLIT=C > 0, **meta,
     )  # fmt: skip
-    return dw, db
+    if not C:
+        return out, db
+    dw = x.new_empty(E, P, Q)
+    add_chunks_kernel[(E, triton.cdiv(P * Q, 2048))](
+        out, dw, chunks, C, N=P * Q, CP=triton.next_power_of_2(C), BLOCK=2048
+    )
+    return dw, None
 
 
 def both_weights(

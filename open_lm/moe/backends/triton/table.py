@@ -41,13 +41,15 @@ class Tile(NamedTuple):
     """Whether results are stored past the L2."""
     gathered: bool = False
     """Whether rows are gathered before, not while they are loaded."""
+    chunks: int = 0
+    """A weight's gradient: about how many programs share all rows; 0: one per expert."""
     registers: int | None = None
     """The most registers a thread may have."""
     rows: int = 128
     """Rows of a tile; of the kernels that run over rows all have `block_rows`."""
 
 
-SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32)  # the interpreter's
+SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32, chunks=3)  # the interpreter's
 WIDE = Tile(64, 32, 4, 3, per_sm=2, parts=2, rows=64)  # for 32 bits
 
 HALF = Tile(

@@ -7,10 +7,8 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["M"])
-def schedule_kernel(
-    end_ptr, tile_ptr, M, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr
-):
+@triton.jit(do_not_specialize=["M", "BM"])
+def schedule_kernel(end_ptr, tile_ptr, M, BM, E: tl.constexpr, EP: tl.constexpr, BLOCK: tl.constexpr):
     """tile: for each of M tiles its expert, its first row, the end of the rows that it may write; then the number
     of real tiles, then that of real rows.
 

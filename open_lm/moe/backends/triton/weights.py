@@ -7,17 +7,20 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit(do_not_specialize=["C", "chunk", "R"])
 def weights_kernel(
-    x_ptr, token_ptr, scale_ptr, y, dw_ptr, db_ptr, end_ptr, R,
+    x_ptr, token_ptr, scale_ptr, y, dw_ptr, db_ptr, end_ptr, chunk_ptr, C, chunk, R,
     E: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, GATHER_LEFT: tl.constexpr, SCALED: tl.constexpr,
     BIASED: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BP: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dw_EPQ: for each expert the sum over its rows of left_RP ⊗ right_RQ; db: of the right side alone.
 
     GATHER_LEFT: left is x_TP[token], right is y_RQ; else left is y_RP and right is x_TQ[token]. SCALED: the
-    gathered side's rows are multiplied by scale_R, in db alone where it is the right one.
+    gathered side's rows are multiplied by scale_R, in db alone where it is the right one. SPLIT: not for each
+    expert but for each of C chunks of `chunk` rows (a table of `tiles.schedule_kernel`): an expert with many rows is
+    the work of several programs.
     """
     PT: tl.constexpr = (P + BP - 1) // BP
     QT: tl.constexpr = (Q + BQ - 1) // BQ
@@ -28,8 +31,14 @@ def weights_kernel(
     size = tl.minimum(PT - first, GROUP)
     pt = first + inside % (GROUP * QT) % size
     qt = inside % (GROUP * QT) // size
-    start = tl.load(end_ptr + e - 1, mask=e > 0, other=0)
-    end = tl.load(end_ptr + e)
+    if SPLIT:
+        there = e < tl.load(chunk_ptr + 3 * C)
+        start = tl.load(chunk_ptr + C + e, mask=there, other=0)
+        of_expert = tl.load(end_ptr + tl.load(chunk_ptr + e, mask=there, other=0))
+        end = tl.where(there, tl.minimum(of_expert, start + chunk), start)
+    else:
+        start = tl.load(end_ptr + e - 1, mask=e > 0, other=0)
+        end = tl.load(end_ptr + e)
     p = pt * BP + tl.arange(0, BP)
     q = qt * BQ + tl.arange(0, BQ)
     acc = tl.zeros((BP, BQ), tl.float32)
@@ -72,3 +81,19 @@ def weights_kernel(
     if BIASED:
         if pt == 0:
             tl.store(db_ptr + e.to(tl.int64) * Q + q, db.to(db_ptr.dtype.element_ty), mask=q < Q)
+
+
+@triton.jit(do_not_specialize=["C"])
+def add_chunks_kernel(part_ptr, dw_ptr, chunk_ptr, C, N: tl.constexpr, CP: tl.constexpr, BLOCK: tl.constexpr):
+    """dw_EN: for each expert the sum of its chunks' part_CN."""
+    e = tl.program_id(0)
+    c = tl.arange(0, CP)
+    there = c < tl.load(chunk_ptr + 3 * C)
+    expert_C = tl.load(chunk_ptr + c, mask=there, other=-1)
+    first = tl.sum((there & (expert_C < e)).to(tl.int32), 0)
+    count = tl.sum((expert_C == e).to(tl.int32), 0)
+    n = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in range(first, first + count):
+        acc += tl.load(part_ptr + tl.cast(i, tl.int64) * N + n, mask=n < N, other=0.0)
+    tl.store(dw_ptr + tl.cast(e, tl.int64) * N + n, acc.to(dw_ptr.dtype.element_ty), mask=n < N)
