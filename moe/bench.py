@@ -220,6 +220,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """The record of one row."""
+    torch.compiler.reset()  # it counts how often a function is compiled
     torch.manual_seed(0)
     module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
     module = module.to(chosen.device, DTYPES[chosen.dtype][0])

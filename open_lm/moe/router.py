@@ -63,7 +63,8 @@ class _Logits(torch.autograd.Function):
         high_TE, middle_TE, low_TE = _thirds(g_TE)
         high_ED, middle_ED, _ = _thirds(w_ED)
         # rounded to bfloat16 at the end: the three largest of the nine products will do
-        dx_TD = torch.cat((high_TE, middle_TE, high_TE), 1) @ torch.cat((high_ED, high_ED, middle_ED))
+        g_TE3, w_3ED = torch.cat((high_TE, middle_TE, high_TE), 1), torch.cat((high_ED, high_ED, middle_ED))
+        dx_TD = _mm(g_TE3, w_3ED, torch.bfloat16)
         dw = _mm(torch.cat((high_TE, middle_TE, low_TE), 1).t(), x_TD)
         return dx_TD, dw.unflatten(0, (3, -1)).sum(dim=0)
 
@@ -76,15 +77,17 @@ def _thirds(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (rest - middle.float()).bfloat16()
 
 
-@torch.library.custom_op("open_lm::mm_float32", mutates_args=())
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """The float32 product of two bfloat16 matrices."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
+@torch.library.custom_op("open_lm::mm", mutates_args=())
+def _mm(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The product of two bfloat16 matrices in `dtype`, added up in float32."""
+    if a.is_cuda:
+        return torch.mm(a, b) if dtype == a.dtype else torch.mm(a, b, out_dtype=dtype)
+    return (a.float() @ b.float()).to(dtype)
 
 
 @_mm.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+def _(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
 
 
 def _transformed() -> bool:
