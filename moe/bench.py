@@ -3,9 +3,10 @@
     python moe/bench.py --device cuda --dtype bf16 160m olmoe
     python moe/bench.py 41m 160m --compile --graph --routing random zipf --backends triton megablocks
 
-Routing is what a fresh router does to random tokens, or with `--routing zipf` such that expert i is chosen about 1/i
-times as often as the first; dropless unless --capacity-factor is given. With --graph the step is replayed as a CUDA
-graph where the layer allows it, so what the host takes to launch it does not count. TFLOP/s counts the experts' matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
+Routing is what a fresh router does to random tokens, or with `--routing zipf` such that expert i is chosen about
+1/i times as often as the first; dropless unless --capacity-factor is given. With --graph the step is replayed as a
+CUDA graph where the layer allows it: what the host takes to launch it does not count. TFLOP/s counts the experts'
+matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
 """
 
 import argparse
@@ -220,7 +221,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespace) -> dict[str, Any]:
     """The record of one row."""
-    torch.compiler.reset()  # it counts how often a function is compiled
+    if chosen.compile:
+        torch.compiler.reset()  # it counts how often a function is compiled
     torch.manual_seed(0)
     module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
     module = module.to(chosen.device, DTYPES[chosen.dtype][0])

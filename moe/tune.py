@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,7 +21,6 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import SHAPES, Shape
-
 from open_lm.moe.backends.triton import launch
 from open_lm.moe.backends.triton.table import HOPPER, Tile, block_rows
 
@@ -32,14 +32,12 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
     gated, thin = shape.ffn_type == "swiglu", shape.dim < 512
     yes_or_no = (False, True)
     if kernel == "up" and gated:
-        found = [Tile(128, 64, 8, s, 1, 8, p, stream=t) for s, p, t in product((3, 4), (2, 4), yes_or_no)]
+        found = [Tile(128, 64, 8, s, 1, 8, p) for s, p in product((3, 4), (2, 4))]
         found += [Tile(64, 64, 8, 3, 2, 8, p, registers=128) for p in (1, 2)]
         return [*found, Tile(64, 64, 4, 3, 2, 8, 1)]
     if kernel == "up":
-        found = [Tile(256, 64, 8, s, 1, 8, 2, stream=t) for s, t in product((3, 4), yes_or_no)]
-        found += [
-            Tile(128, 64, 8, 3, 2, 8, p, stream=t, registers=128) for p, t in product((1, 2, 4), yes_or_no)
-        ]
+        found = [Tile(256, 64, 8, s, 1, 8, p) for s, p in product((3, 4), (2, 4))]
+        found += [Tile(128, 64, 8, 3, 2, 8, p, registers=128) for p in (1, 2, 4)]
         found += [Tile(128, 64, 8, 3, 2, 16, 2, registers=128), Tile(128, 64, 4, 3, 2, 8, 1)]
         thinner = [Tile(128, 32, 4, s, 2, 8, p) for s, p in product((4, 6), (1, 2))]
         thinner += [Tile(128, 32, 8, s, 2, 8, p, registers=128) for s, p in product((4, 6), (1, 2))]
@@ -49,7 +47,6 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
             Tile(128, 64, 8, 3, 2, 8, p, early=e, gathered=g, registers=128)
             for p, e, g in product((4, 8), yes_or_no, yes_or_no)
         ]
-        found += [Tile(128, 64, 8, 3, 2, 8, 4, stream=True, gathered=g, registers=128) for g in yes_or_no]
         found += [Tile(128, 64, 8, 3, 2, 16, 4, gathered=g, registers=128) for g in yes_or_no]
         found += [Tile(128, 64, 4, 3, 2, 8, 4, early=e, gathered=g) for e, g in product(yes_or_no, yes_or_no)]
         if gated:
@@ -82,7 +79,7 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
     thinner = [Tile(64, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=64),
                Tile(32, 64, 4, 4, group=4, rows=128), Tile(128, 64, 4, 4, group=4, rows=32),
                Tile(256, 64, 4, 4, group=4, rows=32), Tile(32, 64, 4, 4, group=4, rows=256)]  # fmt: skip
-    thinner += [tile._replace(chunks=c) for tile in (*found[:1], *thinner[:2]) for c in (16, 32)]
+    thinner += [tile._replace(chunks=c) for tile in (*found[:1], *thinner[:2]) for c in (4, 6, 16)]
     return found + (thinner if thin else [])
 
 
@@ -144,6 +141,10 @@ def update(kernel: str, shape: Shape, tile: Tile | None) -> None:
     HOPPER.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
+def milliseconds_of(function: Callable) -> float:
+    return do_bench(function, warmup=10, rep=40, return_mode="median")
+
+
 def compile_one(task: tuple[str, str, Tile]) -> str | None:
     name, kernel, tile = task
     try:
@@ -183,22 +184,17 @@ def main() -> None:
         ours, torchs = case(kernel, shape, shape.tokens, torch.bfloat16)
         times = []
         if torchs is not None:
-            times.append((do_bench(torchs, warmup=10, rep=40, return_mode="median"), "grouped_mm"))
+            times.append((milliseconds_of(torchs), "grouped_mm"))
         for tile in candidates(kernel, shape):
             if failure := failures[name, kernel, tile]:
                 times.append((float("inf"), f"{tuple(tile)} {failure}"))
             else:
-                times.append(
-                    (do_bench(lambda: ours(tile), warmup=10, rep=40, return_mode="median"), tuple(tile))
-                )  # noqa: B023
+                times.append((milliseconds_of(partial(ours, tile)), tuple(tile)))
         times.sort(key=lambda pair: pair[0])
-        for milliseconds, what in times[: chosen.best] + [
-            t for t in times[chosen.best :] if t[1] == "grouped_mm"
-        ]:
-            print(
-                f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {flops / milliseconds / 1e9:6.0f} {what}",
-                flush=True,
-            )
+        torchs_own = [pair for pair in times[chosen.best :] if pair[1] == "grouped_mm"]
+        for milliseconds, what in times[: chosen.best] + torchs_own:
+            rate = flops / milliseconds / 1e9
+            print(f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {rate:6.0f} TFLOP/s {what}", flush=True)
         if chosen.output:
             with open(chosen.output, "a") as file:
                 for milliseconds, what in times:

@@ -139,7 +139,7 @@ def test_the_tiles_that_a_gpu_may_choose(ffn_type, monkeypatch):
     monkeypatch.setattr(
         launch,
         "choose",
-        lambda *_: small._replace(early=True, store=True, parts=4, gathered=True, stream=True),
+        lambda *_: small._replace(early=True, store=True, parts=4, gathered=True),
     )
     compare(**options)
     monkeypatch.setattr(launch, "tma", lambda device: False)

@@ -42,9 +42,9 @@ def load() -> None:
 def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     """y_TD: each token's sum of weight * expert(x) over its kept rows, to rounding the same as `reference`.
 
-    In bfloat16, float16 and float32 (products in tf32 where torch's are), without a host sync, compiled as one graph
-    if the layer is. What it saves for backward is the input and the experts' pre-activation. float64, no tokens, and
-    torch.func's transforms go to grouped_mm. No second derivatives.
+    In bfloat16, float16 and float32 (products in tf32 where torch's are), without a host sync, compiled as one
+    graph if the layer is. What it saves for backward is the input and the experts' pre-activation. float64, no
+    tokens, and torch.func's transforms go to grouped_mm. No second derivatives.
     """
     dtype = compute_dtype(x_TD)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

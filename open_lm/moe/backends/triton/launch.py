@@ -83,7 +83,7 @@ def up(
     scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """(h_RF and, if gated, u_RF, if `save`; a_RF): see `rows.up_kernel`."""
-    R, (E, D, width) = token_R.numel(), w.shape
+    R, (_, D, width) = token_R.numel(), w.shape
     name = "up" if v is None else "up_gated"
     tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
     assert tile is not None
@@ -91,14 +91,11 @@ def up(
     h = x_TD.new_empty(R, width) if save else None
     u = x_TD.new_empty(R, width) if save and v is not None else None
     a = x_TD.new_empty(R, width)
-    store = use and tile.store
-    block = [BM, tile.columns // tile.parts]
     up_kernel[_grid(tile, M * triton.cdiv(width, tile.columns), x_TD.device)](
-        x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, h, u, a,
-        *(_descriptor(y, block, True) if store else None for y in (h, u, a)), table, M, R, D=D, F=width, KIND=kind,
-        FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None, BIASED=b is not None,
-        SCALED=scale_R is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, TMA_STORE=store,
-        STREAM=tile.stream, **_meta(tile),
+        x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, h, u, a, table, M, R, D=D,
+        F=width, KIND=kind, FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None,
+        BIASED=b is not None, SCALED=scale_R is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts,
+        **_meta(tile),
     )  # fmt: skip
     return h, u, a
 
@@ -108,7 +105,7 @@ def up_backward(
     table: Tensor, kind: str, g_RD: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
     """(dh_RF, du_RF if gated, weight * a_RF, the gradient of weight_R): see `rows.up_backward_kernel`."""
-    R, (E, width, D) = token_R.numel(), w2.shape
+    R, (_, width, D) = token_R.numel(), w2.shape
     name = "up_backward" if u is None else "up_backward_gated"
     tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
     assert tile is not None
@@ -118,15 +115,12 @@ def up_backward(
     columns = triton.cdiv(width, tile.columns)
     # zeros: rows that were dropped are in no tile
     partial = torch.zeros(columns, R, dtype=torch.float32, device=h.device)
-    store = use and tile.store
     gathered = use and g_RD is not None
     g_desc = _descriptor(g_RD, [BM, tile.depth], True) if gathered else None
-    block = [BM, tile.columns // tile.parts]
     up_backward_kernel[_grid(tile, M * columns, h.device)](
-        g_TD, g_desc, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a,
-        *(_descriptor(y, block, True) if store else None for y in (dh, du, a)), partial, table, M, R, D=D, F=width,
-        KIND=kind, FAST=fast(h), PRECISION=precision(h.dtype), GATED=u is not None, BIASED=b2 is not None, TMA=use,
-        BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, EARLY=tile.early, TMA_STORE=store, STREAM=tile.stream,
+        g_TD, g_desc, token_R, _weight(w2, tile, use, transposed=True), b2, weight_R, h, u, dh, du, a, partial,
+        table, M, R, D=D, F=width, KIND=kind, FAST=fast(h), PRECISION=precision(h.dtype), GATED=u is not None,
+        BIASED=b2 is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts, EARLY=tile.early,
         GATHERED=gathered, **_meta(tile),
     )  # fmt: skip
     return dh, du, a, partial.sum(dim=0)
@@ -149,8 +143,8 @@ def rows(
     store = use and tile.store
     rows_kernel[_grid(tile, M * triton.cdiv(N, tile.columns), a.device)](
         _descriptor(a, block, use), _descriptor(a2, block, use), _weight(w, tile, use, transposed),
-        _weight(w2, tile, use, transposed), b, y, _descriptor(y, [BM, tile.columns], True) if store else None, table,
-        M, R, K=K, N=N, PRECISION=precision(a.dtype), TRANSPOSED=transposed, TWO=a2 is not None,
+        _weight(w2, tile, use, transposed), b, y, _descriptor(y, [BM, tile.columns], True) if store else None,
+        table, M, R, K=K, N=N, PRECISION=precision(a.dtype), TRANSPOSED=transposed, TWO=a2 is not None,
         BIASED=b is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, TMA_STORE=store, **_meta(tile),
     )  # fmt: skip
     return y

@@ -30,11 +30,11 @@ def _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT: tl.constexpr, GROUP: tl.cons
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_kernel(
-    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, h_desc, u_desc, a_desc, tile_ptr, M, R,
+    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr, TMA_STORE: tl.constexpr, STREAM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """h_RF = scale x[token] w + b, u_RF = scale x[token] v + c if gated, a_RF = the activation of both."""
     NT: tl.constexpr = (F + BN - 1) // BN
@@ -79,16 +79,7 @@ def up_kernel(
             if GATED:
                 u += _bias(c_ptr, e, n, F)
         low = x_ptr.dtype.element_ty
-        if TMA_STORE and row0 + BM <= end:
-            _store_activated(
-                h, u, h_desc, u_desc, a_desc, row, row0, end, n0, low, F, KIND, FAST, GATED, True, STREAM, BM, BN,
-                PARTS,
-            )  # fmt: skip
-        else:
-            _store_activated(
-                h, u, h_ptr, u_ptr, a_ptr, row, row0, end, n0, low, F, KIND, FAST, GATED, False, STREAM, BM, BN,
-                PARTS,
-            )  # fmt: skip
+        _store_activated(h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN, PARTS)
         token = next_token
         e, row0, end, nt = next_e, next_row0, next_end, next_nt
         next_e, next_row0, next_end, next_nt = after_e, after_row0, after_end, after_nt
@@ -96,36 +87,50 @@ def up_kernel(
 
 @triton.jit
 def _store_activated(
-    h, u, h_to, u_to, a_to, row, row0, end, n0, low: tl.constexpr,
-    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
-    STREAM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low: tl.constexpr,
+    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
+    """Stores h, u and the activation of BN columns, PARTS at a time for want of registers."""
     if PARTS > 1:
         left, right = _halves(h, BM, BN)
         u_left, u_right = left, right
         if GATED:
             u_left, u_right = _halves(u, BM, BN)
         _store_activated(
-            left, u_left, h_to, u_to, a_to, row, row0, end, n0, low, F, KIND, FAST, GATED, TMA, STREAM, BM, BN // 2,
+            left,
+            u_left,
+            h_ptr,
+            u_ptr,
+            a_ptr,
+            row,
+            end,
+            n0,
+            low,
+            F,
+            KIND,
+            FAST,
+            GATED,
+            BM,
+            BN // 2,
             PARTS // 2,
-        )  # fmt: skip
+        )
         _store_activated(
-            right, u_right, h_to, u_to, a_to, row, row0, end, n0 + BN // 2, low, F, KIND, FAST, GATED, TMA, STREAM, BM,
-            BN // 2, PARTS // 2,
+            right, u_right, h_ptr, u_ptr, a_ptr, row, end, n0 + BN // 2, low, F, KIND, FAST, GATED, BM, BN // 2,
+            PARTS // 2,
         )  # fmt: skip
     else:
         # the activation is that of the number which is saved
         h_low = h.to(low)
-        if h_to is not None:
-            _store(h_to, h_low, row, row0, end, n0, F, TMA, STREAM, BM, BN)
+        if h_ptr is not None:
+            _store(h_ptr, h_low, row, end, n0, F, BN)
         a = activate(h_low.to(tl.float32), KIND, FAST)
         if GATED:
             u_low = u.to(low)
-            if u_to is not None:
-                _store(u_to, u_low, row, row0, end, n0, F, TMA, STREAM, BM, BN)
+            if u_ptr is not None:
+                _store(u_ptr, u_low, row, end, n0, F, BN)
             a *= u_low.to(tl.float32)
-        if a_to is not None:
-            _store(a_to, a, row, row0, end, n0, F, TMA, STREAM, BM, BN)
+        _store(a_ptr, a, row, end, n0, F, BN)
 
 
 @triton.jit
@@ -139,7 +144,7 @@ def _two_products(
     if not TMA:
         offsets = e.to(tl.int64) * K * N + k[:, None].to(tl.int64) * N + n[None, :]
     for k0 in range(0, K, BK):
-        if K % BK == 0:
+        if K % BK == 0:  # noqa: SIM108
             x = tl.load(x_ptrs + k0)
         else:
             x = tl.load(x_ptrs + k0, mask=(k0 + k)[None, :] < K, other=0.0)
@@ -157,18 +162,18 @@ def _two_products(
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_backward_kernel(
-    g_ptr, g_desc, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, dh_desc, du_desc,
-    a_desc, partial_ptr, tile_ptr, M, R,
+    g_ptr, g_desc, token_ptr, w2, b2_ptr, weight_ptr, h_ptr, u_ptr, dh_ptr, du_ptr, a_ptr, partial_ptr,
+    tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
-    PARTS: tl.constexpr, EARLY: tl.constexpr, TMA_STORE: tl.constexpr, STREAM: tl.constexpr,
-    GATHERED: tl.constexpr,
+    PARTS: tl.constexpr, EARLY: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
     """From the layer's gradient g_TD through the down-projection and the activation, in one pass.
 
-    GATHERED: g_desc has g[token] already. With p = g[token] w2ᵀ and the activation a of h (and u): dh and du are weight * p times a's derivatives, a_RF
-    becomes weight * a, and partial (F / BN, R) the parts of the weight's own gradient sum_f p_f a_f (+ g b2).
+    With p = g[token] w2ᵀ (GATHERED: g_desc has g[token] already) and the activation a of h (and u): dh and du are
+    weight * p times a's derivatives, a_RF becomes weight * a, and partial (F / BN, R) the parts of the weight's own
+    gradient sum_f p_f a_f (+ g b2).
     """
     NT: tl.constexpr = (F + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
@@ -192,7 +197,6 @@ def up_backward_kernel(
         )
         token_64 = token.to(tl.int64)
         n0 = nt * BN
-        n = n0 + tl.arange(0, BN)
         if EARLY:
             # fetched while the product is computed
             h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
@@ -206,26 +210,15 @@ def up_backward_kernel(
         weight = tl.load(weight_ptr + row, mask=real, other=0.0)
         if not EARLY:
             h, u = _pre_activations(h_ptr, u_ptr, row, real, n0, F, GATED, BN)
-        # With descriptors a tile is stored in the background; they do not know where an expert's rows end.
-        if TMA_STORE and row0 + BM <= end:
-            part = _through_activation(
-                p, h, u, weight, dh_desc, du_desc, a_desc, row, row0, end, n0, F, KIND, FAST, GATED, True, STREAM, BM,
-                BN, PARTS,
-            )  # fmt: skip
-        else:
-            part = _through_activation(
-                p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, row0, end, n0, F, KIND, FAST, GATED, False, STREAM, BM,
-                BN, PARTS,
-            )  # fmt: skip
-        if BIASED:
-            if nt == 0:
-                for d0 in range(0, D, BK):
-                    d = d0 + tl.arange(0, BK)
-                    there = real[:, None] & (d < D)[None, :]
-                    g = tl.load(g_ptr + token_64[:, None] * D + d[None, :], mask=there, other=0.0).to(
-                        tl.float32
-                    )
-                    part += tl.sum(g * _bias(b2_ptr, e, d, D), 1)
+        part = _through_activation(
+            p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, end, n0, F, KIND, FAST, GATED, BM, BN, PARTS
+        )
+        if BIASED and nt == 0:
+            for d0 in range(0, D, BK):
+                d = d0 + tl.arange(0, BK)
+                there = real[:, None] & (d < D)[None, :]
+                g = tl.load(g_ptr + token_64[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+                part += tl.sum(g * _bias(b2_ptr, e, d, D), 1)
         tl.store(partial_ptr + nt.to(tl.int64) * R + row, part, mask=row < end)
         token = next_token
         e, row0, end, nt = next_e, next_row0, next_end, next_nt
@@ -253,28 +246,18 @@ def _halves(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    to, x, row, row0, end, n0, F: tl.constexpr, TMA: tl.constexpr, STREAM: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """A tile of columns n0… to `to`: a descriptor, or a pointer and only up to row `end` and column F.
-
-    STREAM: past the L2, where operands should stay.
-    """
-    if TMA:
-        to.store([row0, n0], x.to(to.dtype))
-    else:
-        n = n0 + tl.arange(0, BN)
-        mask = (row < end)[:, None] & (n < F)[None, :]
-        ptrs = to + row.to(tl.int64)[:, None] * F + n[None, :]
-        tl.store(ptrs, x.to(to.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAM else "")
+def _store(ptr, x, row, end, n0, F: tl.constexpr, BN: tl.constexpr):
+    """A tile's columns n0…, up to row `end` and column F."""
+    n = n0 + tl.arange(0, BN)
+    mask = (row < end)[:, None] & (n < F)[None, :]
+    tl.store(ptr + row.to(tl.int64)[:, None] * F + n[None, :], x.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _through_activation(
-    p, h, u, weight, dh, du, wa, row, row0, end, n0,
-    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, TMA: tl.constexpr,
-    STREAM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PARTS: tl.constexpr,
+    p, h, u, weight, dh_ptr, du_ptr, a_ptr, row, end, n0,
+    F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Stores what up_backward_kernel does of BN columns, PARTS at a time for want of registers; sum_f p_f a_f."""
     if PARTS > 1:
@@ -284,23 +267,23 @@ def _through_activation(
         if GATED:
             u_left, u_right = _halves(u, BM, BN)
         part = _through_activation(
-            p_left, h_left, u_left, weight, dh, du, wa, row, row0, end, n0, F, KIND, FAST, GATED, TMA, STREAM, BM, BN // 2,
+            p_left, h_left, u_left, weight, dh_ptr, du_ptr, a_ptr, row, end, n0, F, KIND, FAST, GATED, BM, BN // 2,
             PARTS // 2,
         )  # fmt: skip
         part += _through_activation(
-            p_right, h_right, u_right, weight, dh, du, wa, row, row0, end, n0 + BN // 2, F, KIND, FAST, GATED, TMA,
-            STREAM, BM, BN // 2, PARTS // 2,
+            p_right, h_right, u_right, weight, dh_ptr, du_ptr, a_ptr, row, end, n0 + BN // 2, F, KIND, FAST, GATED,
+            BM, BN // 2, PARTS // 2,
         )  # fmt: skip
         return part
     else:
         # Bound to p: else the compiler computes the activation twice, in the layouts of p and of the stores.
         a, slope = activate_and_slope(h.to(tl.float32) + 0.0 * p, KIND, FAST)
         if GATED:
-            _store(du, p * a * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
+            _store(du_ptr, p * a * weight[:, None], row, end, n0, F, BN)
             slope *= u.to(tl.float32)
             a *= u.to(tl.float32)
-        _store(dh, p * slope * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
-        _store(wa, a * weight[:, None], row, row0, end, n0, F, TMA, STREAM, BM, BN)
+        _store(dh_ptr, p * slope * weight[:, None], row, end, n0, F, BN)
+        _store(a_ptr, a * weight[:, None], row, end, n0, F, BN)
         return tl.sum(p * a, 1)
 
 
@@ -332,7 +315,8 @@ def rows_kernel(
         n = n0 + tl.arange(0, BN)
         if BIASED:
             y += _bias(b_ptr, e, n, N)
+        # A descriptor stores in the background, but whole tiles: it does not know where an expert's rows end.
         if TMA_STORE and row0 + BM <= end:
-            _store(y_desc, y, row, row0, end, n0, N, True, False, BM, BN)
+            y_desc.store([row0, n0], y.to(y_desc.dtype))
         else:
-            _store(y_ptr, y, row, row0, end, n0, N, False, False, BM, BN)
+            _store(y_ptr, y, row, end, n0, N, BN)

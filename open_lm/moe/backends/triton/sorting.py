@@ -13,7 +13,7 @@ BLOCK = 256
 
 @triton.jit(do_not_specialize=["R"])
 def count_kernel(expert_ptr, rank_ptr, count_ptr, R, E: tl.constexpr, BLOCK: tl.constexpr):
-    """rank_R: how many rows of its block with its expert are before a row; count_BE (zeros before): of each block."""
+    """rank_R: how many rows of its block and its expert are before a row; count_BE, zeros before: each block's."""
     i = tl.arange(0, BLOCK)
     row = tl.program_id(0) * BLOCK + i
     e = tl.load(expert_ptr + row, mask=row < R, other=-1).to(tl.int32)
@@ -58,7 +58,7 @@ def place_kernel(
 
 @torch.library.custom_op("open_lm::moe_sort", mutates_args=())
 def sort_rows(expert_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(token_R, order_R, row_TK, count_E), int64, of int64 expert_TK: a stable sort of its flat numbers by expert."""
+    """(token_R, order_R, row_TK, count_E), int64, of int64 expert_TK: a stable sort of its rows by expert."""
     T, K = expert_TK.shape
     R, expert_TK = T * K, expert_TK.contiguous()
     token_R, order_R = expert_TK.new_empty(R), expert_TK.new_empty(R)

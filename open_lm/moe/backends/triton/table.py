@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-
 HOPPER = Path(__file__).with_name("hopper.json")
 
 
@@ -36,9 +35,7 @@ class Tile(NamedTuple):
     early: bool = False
     """Whether pre-activations are fetched while the product is computed, and wait in registers."""
     store: bool = False
-    """Whether whole tiles are stored by descriptor, in the background."""
-    stream: bool = False
-    """Whether results are stored past the L2."""
+    """Whether whole tiles of a plain product are stored by descriptor, in the background."""
     gathered: bool = False
     """Whether rows are gathered before, not while they are loaded."""
     chunks: int = 0
@@ -81,7 +78,7 @@ def block_rows(dtype: torch.dtype) -> int:
 
 @cache
 def hopper_table() -> dict[str, list[tuple[int, int, Tile | None]]]:
-    """Kernel → (D, F, tile) measured on an H100 in bfloat16; None: torch's grouped_mm, after a gather, was faster."""
+    """Kernel → (D, F, tile) measured on an H100 in bfloat16; None: torch's grouped_mm was faster, with a gather."""
     entries = json.loads(HOPPER.read_text(encoding="utf-8"))
     return {
         kernel: [(D, F, None if tile is None else Tile(**tile)) for D, F, tile in rows]

@@ -84,7 +84,7 @@ def multiply_tile(
         else:
             a_tile = tl.load(a_ptrs + k0, mask=(k0 + k)[None, :] < K, other=0.0)
         if W_TMA:
-            if TRANSPOSED:
+            if TRANSPOSED:  # noqa: SIM108
                 w_tile = w.load([e, n0, k0]).reshape(BN, BK).T
             else:
                 w_tile = w.load([e, k0, n0]).reshape(BK, BN)

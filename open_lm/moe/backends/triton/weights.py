@@ -19,8 +19,8 @@ def weights_kernel(
 
     GATHER_LEFT: left is x_TP[token], right is y_RQ; else left is y_RP and right is x_TQ[token]. SCALED: the
     gathered side's rows are multiplied by scale_R, in db alone where it is the right one. SPLIT: not for each
-    expert but for each of C chunks of `chunk` rows (a table of `tiles.schedule_kernel`): an expert with many rows is
-    the work of several programs.
+    expert but for each of C chunks of `chunk` rows (a table of `tiles.schedule_kernel`): so several programs share
+    an expert of many rows.
     """
     PT: tl.constexpr = (P + BP - 1) // BP
     QT: tl.constexpr = (Q + BQ - 1) // BQ
@@ -76,11 +76,14 @@ def weights_kernel(
             acc = tl.dot(x.T, side, acc, input_precision=PRECISION)
         else:
             acc = tl.dot(side.T, x, acc, input_precision=PRECISION)
+    rows = P
+    if SPLIT:
+        rows = tl.where(there, P, 0)  # what is behind the last chunk is read by nobody
+    mask = (p < rows)[:, None] & (q < Q)[None, :]
     dw_ptrs = dw_ptr + e.to(tl.int64) * P * Q + p[:, None].to(tl.int64) * Q + q[None, :]
-    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
-    if BIASED:
-        if pt == 0:
-            tl.store(db_ptr + e.to(tl.int64) * Q + q, db.to(db_ptr.dtype.element_ty), mask=q < Q)
+    tl.store(dw_ptrs, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    if BIASED and pt == 0:
+        tl.store(db_ptr + e.to(tl.int64) * Q + q, db.to(db_ptr.dtype.element_ty), mask=q < Q)
 
 
 @triton.jit(do_not_specialize=["C"])
