@@ -227,7 +227,7 @@ def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespac
     module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
     module = module.to(chosen.device, DTYPES[chosen.dtype][0])
     if routing == "zipf":
-        module.router = Skewed(module.router, shape).to(chosen.device)
+        module.router = Skewed(module.router, shape).to(chosen.device)  # type: ignore
     compiled = chosen.compile and layer != "reference"
     if compiled:
         module.compile(fullgraph=layer != "megablocks")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent))
-from bench import SHAPES, Shape
+from bench import SHAPES, Shape  # type: ignore
 from open_lm.moe.backends.triton import launch
 from open_lm.moe.backends.triton.table import HOPPER, Tile, block_rows
 
@@ -107,11 +107,11 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
         free = launch.choose("dw2", x.device, dtype, D, width) is None
         gathered = launch.gather(x, token_R, end_E)
 
-        def ours(tile: Tile):
+        def with_gather(tile: Tile):
             x_RD = (gathered if free else launch.gather(x, token_R, end_E)) if tile.gathered else None
             return launch.up_backward(x, token_R, w2, None, weight_R, h, u, table, kind, x_RD, tile)
 
-        return ours, None
+        return with_gather, None
     if kernel == "down":
         ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
         return ours, lambda: F.grouped_mm(h, w2, offs=end_E)
@@ -142,7 +142,7 @@ def update(kernel: str, shape: Shape, tile: Tile | None) -> None:
 
 
 def milliseconds_of(function: Callable) -> float:
-    return do_bench(function, warmup=10, rep=40, return_mode="median")
+    return do_bench(function, warmup=10, rep=40, return_mode="median")  # type: ignore
 
 
 def compile_one(task: tuple[str, str, Tile]) -> str | None:

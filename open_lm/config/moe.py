@@ -169,6 +169,9 @@ class MoEConfig:
     """Expert computation: `reference` loops over experts, `grouped_mm` is one grouped matrix product, `triton` has
     kernels of its own (a GPU, Ampere or newer), `megablocks` has its (a GPU, and the package). auto: grouped_mm."""
 
+    recompute: Annotated[bool, arg(name="moe-recompute")] = False
+    """--moe-backend triton: save the experts' input alone, and compute their pre-activation anew in backward."""
+
     dim: Suppress[int | None] = None
     """Width d of the tokens; a model gives it to its layers (`placement.layer_config`), a library's user here."""
 

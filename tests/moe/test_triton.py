@@ -73,6 +73,11 @@ def run(layer: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"y": y.detach(), "x": x.grad} | gradients
 
 
+def test_recomputing_needs_it():
+    with pytest.raises(ValueError, match="--moe-recompute True needs --moe-backend triton"):
+        MoE(MoEConfig(dim=8, num_experts=4, recompute=True))
+
+
 def compare(tokens: int = 20, seed: int = 1, tolerance: float = 2e-6, **options) -> None:
     """Output and every gradient, by the norm of the error over the norm."""
     torch.manual_seed(seed)
@@ -119,6 +124,8 @@ OPTIONS = {
     "many experts": {"num_experts": 100, "top_k": 9, "tokens": 10},
     "one expert": {"num_experts": 1, "top_k": 1},
     "no tokens": {"tokens": 0},
+    "recomputed": {"backend": "triton", "recompute": True},
+    "recomputed, gated": {"backend": "triton", "recompute": True, "ffn_type": "swiglu", "expert_bias": True},
 }
 
 
@@ -275,6 +282,8 @@ def test_without_gradients_nothing_is_saved():
         wanted = layer(x)[0]
         with torch.no_grad():
             torch.testing.assert_close(layer(x)[0], wanted)
+        recomputing = make_layer(triton, ffn_type="swiglu", backend="triton", recompute=True)
+        torch.testing.assert_close(recomputing(x)[0], wanted)
     finally:
         launch.up = up
-    assert saved == [True, False]
+    assert saved == [True, False, False]

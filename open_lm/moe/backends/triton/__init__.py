@@ -43,8 +43,9 @@ def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     """y_TD: each token's sum of weight * expert(x) over its kept rows, to rounding the same as `reference`.
 
     In bfloat16, float16 and float32 (products in tf32 where torch's are), without a host sync, compiled as one
-    graph if the layer is. What it saves for backward is the input and the experts' pre-activation. float64, no
-    tokens, and torch.func's transforms go to grouped_mm. No second derivatives.
+    graph if the layer is. What it saves for backward is the input and the experts' pre-activation (with
+    --moe-recompute the input alone). float64, no tokens, and torch.func's transforms go to grouped_mm. No second
+    derivatives.
     """
     dtype = compute_dtype(x_TD)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -57,6 +58,6 @@ def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
 
     rows = rows_of(routing.token_R, routing.count_E, routing.row_TK, len(x_TD))
     weights = [ready(w) for w in (mlp.w1, mlp.v1, mlp.w2, mlp.b1, mlp.c1, mlp.b2)]
-    scale_R, save = routing.input_weight_R, torch.is_grad_enabled()
+    scale_R, save = routing.input_weight_R, torch.is_grad_enabled() and not mlp.recompute
     y_TD = Experts.apply(ready(x_TD), *weights, routing.weight_R, scale_R, *rows, mlp.kind, save)
     return y_TD[:, : mlp.w2.shape[2]]

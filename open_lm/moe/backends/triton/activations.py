@@ -1,5 +1,9 @@
 """Every kind of expert in `open_lm.moe.experts.EXPERTS`, value and slope, as functions inside Triton kernels."""
 
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 import triton
 import triton.language as tl
 

@@ -3,6 +3,10 @@
 Shapes: T tokens, D model width, R rows, K rows per token.
 """
 
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 import triton
 import triton.language as tl
 

@@ -6,6 +6,10 @@ multiples of 16 bytes. R and T are at least 1.
 Shapes: T tokens, D model width, E experts, F expert width, R rows, K rows per token.
 """
 
+# A kernel's numbers known when it is compiled are given as plain ones.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 from functools import cache
 from typing import Any
 
@@ -80,9 +84,10 @@ def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
 
 def up(
     x_TD: Tensor, token_R: Tensor, w: Tensor, v: Tensor | None, b: Tensor | None, c: Tensor | None,
-    scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, tile: Tile | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
-    """(h_RF and, if gated, u_RF, if `save`; a_RF): see `rows.up_kernel`."""
+    scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, activate: bool = True,
+    tile: Tile | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(h_RF and, if gated, u_RF, if `save`; a_RF, if `activate`): see `rows.up_kernel`."""
     R, (_, D, width) = token_R.numel(), w.shape
     name = "up" if v is None else "up_gated"
     tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
@@ -90,7 +95,7 @@ def up(
     use, M, BM = tma(x_TD.device), (table.numel() - 2) // 3, block_rows(x_TD.dtype)
     h = x_TD.new_empty(R, width) if save else None
     u = x_TD.new_empty(R, width) if save and v is not None else None
-    a = x_TD.new_empty(R, width)
+    a = x_TD.new_empty(R, width) if activate else None
     up_kernel[_grid(tile, M * triton.cdiv(width, tile.columns), x_TD.device)](
         x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, h, u, a, table, M, R, D=D,
         F=width, KIND=kind, FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None,

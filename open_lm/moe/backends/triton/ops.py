@@ -73,6 +73,7 @@ def forward(
     """(y_TD, and for backward, if `save`: the pre-activations h_RF and u_RF; the table of tiles)."""
     table = launch.schedule(end_E, len(token_R), block_rows(x_TD.dtype))
     h, u, a = launch.up(x_TD, token_R, w1, v1, b1, c1, scale_R, table, kind, save)
+    assert a is not None
     y_RD = launch.rows(a, w2, None, None, b2, end_E, table, transposed=False)
     y_TD = launch.combine(y_RD, weight_R, row, start_T1, end_E, len(x_TD))
     return y_TD, _or_empty(h, x_TD), _or_empty(u, x_TD), table
@@ -91,8 +92,11 @@ def backward(
     b2: Tensor | None, weight_R: Tensor, scale_R: Tensor | None, token_R: Tensor, end_E: Tensor, row: Tensor,
     start_T1: Tensor | None, h: Tensor, u: Tensor, table: Tensor, kind: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x_TD, w1, v1, w2, b1, c1, b2, weight_R and scale_R."""
+    """Gradients of x_TD, w1, v1, w2, b1, c1, b2, weight_R and scale_R; h and u are computed anew if not saved."""
     gated = v1 is not None
+    if not h.numel():
+        again = launch.up(x_TD, token_R, w1, v1, b1, c1, scale_R, table, kind, activate=False)
+        h, u = again[0], again[1]  # type: ignore[assignment]
     g_RD = launch.gather(g_TD, token_R, end_E) if launch.gathers(h, g_TD.shape[1], gated) else None
     dh, du, a, dweight_R = launch.up_backward(
         g_TD, token_R, w2, b2, weight_R, h, u if gated else None, table, kind, g_RD

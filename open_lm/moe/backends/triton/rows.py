@@ -5,6 +5,10 @@ Persistent programs walk over the tiles of `tiles.schedule_kernel`'s table.
 Shapes: T tokens, D model width, E experts, F expert width, R rows, M tiles of rows.
 """
 
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 import triton
 import triton.language as tl
 
@@ -130,7 +134,8 @@ def _store_activated(
             if u_ptr is not None:
                 _store(u_ptr, u_low, row, end, n0, F, BN)
             a *= u_low.to(tl.float32)
-        _store(a_ptr, a, row, end, n0, F, BN)
+        if a_ptr is not None:
+            _store(a_ptr, a, row, end, n0, F, BN)
 
 
 @triton.jit

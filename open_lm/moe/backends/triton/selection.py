@@ -3,6 +3,10 @@
 Shapes: T tokens, E experts, K choices per token.
 """
 
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 import torch
 import triton
 import triton.language as tl

@@ -3,6 +3,10 @@
 Shapes: E experts, R rows, M tiles of BM rows, at most ceil(R / BM) + E.
 """
 
+# Kernels are in Triton's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
 import triton
 import triton.language as tl
 
