@@ -122,6 +122,8 @@ OPTIONS = {
         "ffn_type": "geglu_tanh",
     },
     "many experts": {"num_experts": 100, "top_k": 9, "tokens": 10},
+    "threshold": {"router": "threshold", "threshold": 0.3},
+    "in turns": {"router": "uniform", "balance": ("none",)},
     "one expert": {"num_experts": 1, "top_k": 1},
     "no tokens": {"tokens": 0},
     "recomputed": {"backend": "triton", "recompute": True},

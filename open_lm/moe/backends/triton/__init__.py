@@ -58,6 +58,8 @@ def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
 
     rows = rows_of(routing.token_R, routing.count_E, routing.row_TK, len(x_TD))
     weights = [ready(w) for w in (mlp.w1, mlp.v1, mlp.w2, mlp.b1, mlp.c1, mlp.b2)]
-    scale_R, save = routing.input_weight_R, torch.is_grad_enabled() and not mlp.recompute
-    y_TD = Experts.apply(ready(x_TD), *weights, routing.weight_R, scale_R, *rows, mlp.kind, save)
+    scale_R = routing.input_weight_R
+    per_row = (routing.weight_R.contiguous(), None if scale_R is None else scale_R.contiguous())
+    save = torch.is_grad_enabled() and not mlp.recompute
+    y_TD = Experts.apply(ready(x_TD), *weights, *per_row, *rows, mlp.kind, save)
     return y_TD[:, : mlp.w2.shape[2]]

@@ -31,9 +31,9 @@ class Rows(NamedTuple):
 def rows_of(token_R: Tensor, count_E: Tensor, row_TK: Tensor | None, tokens: int) -> Rows:
     """The indices of a Routing."""
     end_E = count_E.cumsum(0, dtype=torch.int32)
-    token_R = token_R.int()
+    token_R = token_R.int().contiguous()
     if row_TK is not None:
-        return Rows(token_R, end_E, row_TK.int(), None)
+        return Rows(token_R, end_E, row_TK.int().contiguous(), None)
     sorted_R, order_R = token_R.sort(stable=True)
     tokens_T1 = torch.arange(tokens + 1, device=token_R.device, dtype=torch.int32)
     start_T1 = torch.searchsorted(sorted_R, tokens_T1, out_int32=True)
