@@ -21,6 +21,7 @@ THIS = Path(__file__)
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in_the_interpreter")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is what runs")
 def test_kernels_in_the_interpreter():
     """Triton decides when it is imported, for the whole process, whether it interprets: so in one of its own."""
