@@ -1,10 +1,12 @@
 """Time one MoE layer, forward + backward, per backend, beside a dense FFN of the same active FLOPs.
 
     python moe/bench.py --device cuda --dtype bf16 160m olmoe
-    python moe/bench.py demo --output records.jsonl
+    python moe/bench.py 41m 160m --compile --graph --routing random zipf --backends triton megablocks
 
-Routing is what a fresh router does to random tokens, and dropless unless --capacity-factor is given.
-TFLOP/s counts the experts' matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
+Routing is what a fresh router does to random tokens, or with `--routing zipf` such that expert i is chosen about
+1/i times as often as the first; dropless unless --capacity-factor is given. With --graph the step is replayed as a
+CUDA graph where the layer allows it: what the host takes to launch it does not count. TFLOP/s counts the experts'
+matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -112,13 +114,60 @@ def step_of(module: nn.Module, shape: Shape, device: str, dtype: str) -> Callabl
     return step
 
 
-def measure(step: Callable[[], None], device: str, repeats: int) -> tuple[float, float]:
-    """(median seconds of a step, peak MiB allocated on a GPU or NaN)."""
+class Skewed(nn.Module):
+    """A router whose choices are drawn, expert i's chance in proportion to 1 / i (Zipf's law)."""
+
+    def __init__(self, router: nn.Module, shape: Shape):
+        super().__init__()
+        self.router = router
+        self.bias_E = None
+        rank_E = torch.arange(1, shape.experts + 1)
+        # Gumbel's noise makes the largest of the logarithms of weights a draw by these weights
+        noise_TE = -torch.empty(shape.tokens, shape.experts).exponential_().log()
+        self.register_buffer("offset_TE", noise_TE - rank_E.log())
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        return self.router(x_TD) + self.offset_TE.float()
+
+
+def forward_of(module: nn.Module, shape: Shape, device: str, dtype: str) -> Callable[[], None]:
+    """One forward without gradients, on random tokens."""
+    weights, autocast = DTYPES[dtype]
+    x_BSD = torch.randn(1, shape.tokens, shape.dim, device=device, dtype=weights)
+
+    def step() -> None:
+        with torch.no_grad(), torch.autocast(device, dtype=autocast) if autocast else nullcontext():
+            module(x_BSD)
+
+    return step
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """`step` as a replay of the CUDA graph that it makes; raises RuntimeError where it waits for the GPU."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def measure(step: Callable[[], None], device: str, repeats: int, graph: bool = False) -> tuple[float, float]:
+    """(median seconds of a step, peak MiB allocated on a GPU or NaN); as a CUDA graph's replay if `graph`."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(3):
         step()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        step()
+    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
+    if graph:
+        step = captured(step)
+        step()
     seconds = []
     for _ in range(repeats):
         synchronize()
@@ -126,7 +175,6 @@ def measure(step: Callable[[], None], device: str, repeats: int) -> tuple[float,
         step()
         synchronize()
         seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else float("nan")
     return statistics.median(seconds), peak
 
 
@@ -143,45 +191,69 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, help="instead of the shape's")
     parser.add_argument("--capacity-factor", type=float, default=0.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile everything except `reference`")
+    parser.add_argument(
+        "--graph", action="store_true", help="replay CUDA graphs, but for `reference`, `megablocks`"
+    )
+    parser.add_argument("--routing", nargs="+", choices=["random", "zipf"], default=["random"])
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", help="append one JSON line per row to this file")
     chosen = parser.parse_args(arguments)
     if unknown := [name for name in chosen.shapes if name not in SHAPES]:
         parser.error(f"no shape {unknown[0]!r}; there are {', '.join(SHAPES)}")
 
-    print(f"{'shape':<10} {'layer':<12} {'ms':>9} {'tokens/s':>12} {'TFLOP/s':>8} {'peak MiB':>9}")
+    print(f"{'shape':<10} {'layer':<12} {'routing':<7} {'ms':>9} {'forward':>9} {'tokens/s':>12} {'TFLOP/s':>8} "
+          f"{'of dense':>8} {'peak MiB':>9}")  # fmt: skip
     for name in chosen.shapes:
         shape = SHAPES[name]._replace(**({"tokens": chosen.tokens} if chosen.tokens else {}))
-        for layer in ("dense", *chosen.backends):
-            torch.manual_seed(0)
-            module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
-            module = module.to(chosen.device, DTYPES[chosen.dtype][0])
-            if chosen.compile and layer != "reference":
-                module.compile(fullgraph=True)
-            step = step_of(module, shape, chosen.device, chosen.dtype)
-            seconds, peak = measure(step, chosen.device, chosen.repeats)
-            speed, rate = shape.tokens / seconds, shape.flops / seconds / 1e12
-            row = f"{name:<10} {layer:<12} {1e3 * seconds:>9.3f} {speed:>12,.0f} {rate:>8.2f} {peak:>9.0f}"
-            print(row, flush=True)
+        dense = None
+        for layer, routing in [("dense", "")] + [(b, r) for b in chosen.backends for r in chosen.routing]:
+            record = time_layer(shape, layer, routing, chosen)
+            dense = dense or record["tflops"]
+            record = {"shape": name, **record, "of_dense": record["tflops"] / dense}
+            print(f"{name:<10} {layer:<12} {routing:<7} {record['milliseconds']:>9.3f} "
+                  f"{record['forward_milliseconds']:>9.3f} {record['tokens_per_second']:>12,.0f} "
+                  f"{record['tflops']:>8.2f} {record['of_dense']:>8.2f} {record['peak_mib'] or float('nan'):>9.0f}",
+                  flush=True)  # fmt: skip
             if chosen.output:
-                record = {
-                    "shape": name,
-                    **shape._asdict(),
-                    "layer": layer,
-                    "dtype": chosen.dtype,
-                    "capacity_factor": chosen.capacity_factor,
-                    "compiled": chosen.compile and layer != "reference",
-                    "milliseconds": 1e3 * seconds,
-                    "tokens_per_second": speed,
-                    "tflops": rate,
-                    "peak_mib": None if peak != peak else peak,
-                    "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
-                    "torch": torch.__version__,
-                    "commit": commit(),
-                }
                 with open(chosen.output, "a") as file:
                     file.write(json.dumps(record) + "\n")
-            del module, step
+
+
+def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """The record of one row."""
+    if chosen.compile:
+        torch.compiler.reset()  # it counts how often a function is compiled
+    torch.manual_seed(0)
+    module = Dense(shape) if layer == "dense" else make_moe(shape, layer, chosen.capacity_factor)
+    module = module.to(chosen.device, DTYPES[chosen.dtype][0])
+    if routing == "zipf":
+        module.router = Skewed(module.router, shape).to(chosen.device)  # type: ignore
+    compiled = chosen.compile and layer != "reference"
+    if compiled:
+        module.compile(fullgraph=layer != "megablocks")
+    graph = chosen.graph and chosen.device == "cuda" and layer not in ("reference", "megablocks")
+    step = step_of(module, shape, chosen.device, chosen.dtype)
+    seconds, peak = measure(step, chosen.device, chosen.repeats, graph)
+    forward, _ = measure(
+        forward_of(module, shape, chosen.device, chosen.dtype), chosen.device, chosen.repeats, graph
+    )
+    return {
+        **shape._asdict(),
+        "layer": layer,
+        "dtype": chosen.dtype,
+        "capacity_factor": chosen.capacity_factor,
+        "routing": routing,
+        "compiled": compiled,
+        "graph": graph,
+        "milliseconds": 1e3 * seconds,
+        "forward_milliseconds": 1e3 * forward,
+        "tokens_per_second": shape.tokens / seconds,
+        "tflops": shape.flops / seconds / 1e12,
+        "peak_mib": None if peak != peak else peak,
+        "device": torch.cuda.get_device_name() if chosen.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "commit": commit(),
+    }
 
 
 if __name__ == "__main__":

@@ -258,7 +258,12 @@ def step_cell(record: dict[str, Any]) -> str:
 
 def layer() -> tuple[str, bool]:
     """TFLOP/s of one MoE layer: the newest timing per shape, from `python moe/bench.py --output`."""
-    kind = lambda r: r["layer"] + (", compiled" if r["compiled"] else "")
+    kind = lambda r: (
+        r["layer"]
+        + (", compiled" if r["compiled"] else "")
+        + (", CUDA graph" if r.get("graph") else "")
+        + (", Zipf" if r.get("routing") == "zipf" else "")
+    )
     newest = {(r["shape"], kind(r)): r for r in read_records("layer")}
     if not newest:
         return "Not recorded yet.", True
@@ -272,7 +277,8 @@ def layer() -> tuple[str, bool]:
     last = list(newest.values())[-1]
     note = (
         f"TFLOP/s of the experts' products, forward + backward, {last['dtype']}, dropless, fresh router; "
-        f'"dense" is one FFN of the same active FLOPs. {last["device"]}, torch {last["torch"]}, '
+        f'"dense" is one FFN of the same active FLOPs; Zipf: expert i chosen 1/i as often. '
+        f"{last['device']}, torch {last['torch']}, "
         f"commit {last['commit']}."
     )
     return f"{markdown(['shape: tokens, d, width, experts, k, type', *kinds], rows)}\n\n{note}", True

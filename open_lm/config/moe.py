@@ -29,6 +29,7 @@ ExpertName = Literal[
     "reglu",
     "bilinear",
 ]
+BackendName = Literal["auto", "reference", "grouped_mm", "triton", "megablocks"]
 DropName = Literal["position", "choice", "probs", "random"]
 
 
@@ -164,11 +165,12 @@ class MoEConfig:
     init: Annotated[Literal["open_lm", "scaled"], arg(name="moe-init")] = "open_lm"
     """Expert initialisation: N(0, .02) as open_lm, or scaled by fan-in and depth as its dense layers."""
 
-    backend: Annotated[Literal["auto", "reference", "grouped_mm", "megablocks"], arg(name="moe-backend")] = (
-        "auto"
-    )
-    """Expert computation: `reference` loops over experts, `grouped_mm` is one grouped matrix product,
-    `megablocks` its kernels (a GPU, and the package). auto: grouped_mm."""
+    backend: Annotated[BackendName, arg(name="moe-backend")] = "auto"
+    """Expert computation: `reference` loops over experts, `grouped_mm` is one grouped matrix product, `triton` has
+    kernels of its own (a GPU, Ampere or newer), `megablocks` has its (a GPU, and the package). auto: grouped_mm."""
+
+    recompute: Annotated[bool, arg(name="moe-recompute")] = False
+    """--moe-backend triton: save the experts' input alone, and compute their pre-activation anew in backward."""
 
     dim: Suppress[int | None] = None
     """Width d of the tokens; a model gives it to its layers (`placement.layer_config`), a library's user here."""

@@ -108,6 +108,7 @@ def _idle(moe: MoEConfig) -> dict[str, str]:
         "bias_rate": ("--moe-balance bias", "bias" in moe.balances),
         "top_groups": ("--moe-num-groups", moe.num_groups > 1),
         "loss_weight": ("a loss in --moe-balance", bool(set(moe.balances) - {"bias"})),
+        "recompute": ("--moe-backend triton", moe.backend == "triton"),
     }
     return {name: needed for name, (needed, there) in needs.items() if not there}
 

@@ -31,7 +31,7 @@ RUNTIME_FIELDS = {"attn_name", "end_of_text", "dropout", "attn_dropout", "init_s
                   *(f"moe_{name}" for name in (
     "backend", "balance", "bias_rate", "capacity_factor", "capacity_per", "capacity_rounding", "drop_policy",
     "eval_capacity_factor", "eval_threshold", "init", "jitter", "loss_weight", "min_capacity", "noise",
-    "pad_to_capacity", "z_loss_weight"))}  # fmt: skip
+    "pad_to_capacity", "recompute", "z_loss_weight"))}  # fmt: skip
 # Numbers that --moe-balance reads.
 OF_BALANCE = ("moe_loss_weight", "moe_bias_rate")
 

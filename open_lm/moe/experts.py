@@ -63,7 +63,8 @@ class ExpertMLP(nn.Module):
         assert isinstance(config.num_experts, int)
         assert config.dim
         E, D, width = config.num_experts, config.dim, expert_hidden_dim(config)
-        self.activate = EXPERTS[config.ffn_type]
+        self.kind, self.recompute = config.ffn_type, config.recompute
+        self.activate = EXPERTS[self.kind]
         gated, biased = self.activate.gated, config.expert_bias
         self.w1 = nn.Parameter(torch.empty(E, D, width))
         self.v1 = nn.Parameter(torch.empty(E, D, width)) if gated else None

@@ -49,12 +49,20 @@ class Context(NamedTuple):
     """int64: token ids, where the layer is told them."""
 
 
-def sort_by_expert(expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, **more: Tensor | None) -> Routing:
+def sort_by_expert(
+    expert_TK: Tensor, weight_TK: Tensor, logits_TE: Tensor, kernels: bool = False, **more: Tensor | None
+) -> Routing:
     """The Routing of K choices per token: rows sorted by expert, within an expert by token, then choice.
 
-    `more` are Routing's other fields.
+    `kernels`: by the Triton backend's kernels, where there is a GPU. `more` are Routing's other fields.
     """
     (T, K), E = expert_TK.shape, logits_TE.shape[1]
+    if kernels and expert_TK.is_cuda:
+        from open_lm.moe.backends.triton.sorting import sort_rows
+
+        token_R, order_R, row_TK, count_E = sort_rows(expert_TK, E)
+        weight_R = weight_TK.flatten().gather(0, order_R)
+        return Routing(token_R, weight_R, count_E, logits_TE, row_TK, **more)  # type: ignore[arg-type]
     # A radix sort, as on a GPU, takes fewer passes over 16 bits than over 64.
     expert_R, order_R = expert_TK.flatten().to(torch.int16).sort(stable=True)
     experts = torch.arange(E, device=expert_R.device, dtype=torch.int16)

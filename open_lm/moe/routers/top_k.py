@@ -42,8 +42,9 @@ def top_k(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         chosen_TK,
         weight_TK * config.weight_scale,
         logits_TE,
+        kernels=config.backend == "triton",
         probability_TE=probability_TE,
-        choice_TK=key_TE.detach().topk(config.top_k, dim=-1).indices if limited else chosen_TK,
+        choice_TK=best(key_TE.detach(), config) if limited else chosen_TK,
     )
 
 
@@ -54,6 +55,15 @@ def select(key_TE: Tensor, config: MoEConfig, context: Context) -> Tensor:
         key_TE = key_TE + context.bias_E
     if config.num_groups > 1:
         key_TE = within_groups(key_TE, config)
+    return best(key_TE, config)
+
+
+def best(key_TE: Tensor, config: MoEConfig) -> Tensor:
+    """expert_TK, int64: the K highest keys, best first."""
+    if config.backend == "triton" and key_TE.is_cuda:
+        from open_lm.moe.backends.triton.selection import top_k
+
+        return top_k(key_TE, config.top_k)
     return key_TE.topk(config.top_k, dim=-1).indices
 
 
