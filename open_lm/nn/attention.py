@@ -95,7 +95,7 @@ def torch_attn(
         v_BTGV.transpose(1, 2),
         attn_mask=mask_ST,
         dropout_p=dropout,
-        is_causal=causal and queries == keys > 1,
+        is_causal=bool(causal and queries == keys > 1),  # of symbolic lengths, in a compiled graph, too
         enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
     )
     return o_BHSV.transpose(1, 2)

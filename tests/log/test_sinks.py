@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -240,9 +241,9 @@ def test_a_resumed_run_goes_on_in_its_curves(tmp_path, monkeypatch) -> None:
     command = f"{RUN} --logs {tmp_path} --name run --report-to tensorboard,wandb --max-steps"
     monkeypatch.setenv("WANDB_MODE", "offline")
     main(shlex.split(f"{command} 12"))
-    for n in (2, 3):
-        for kind in ("epoch", "optimizer", "stats"):
-            (tmp_path / f"run/checkpoints/{kind}_{n}.pt").unlink()
+    for n, step in ((2, 10), (3, 12)):
+        (tmp_path / f"run/checkpoints/epoch_{n}.pt").unlink()
+        shutil.rmtree(tmp_path / f"run/checkpoints/step_{step}")
     time.sleep(1.1)  # the names of TensorBoard's files hold whole seconds
     main(shlex.split(f"{command} 8 --resume latest --lr 1e-3"))
     read = scalars(tmp_path / "run/tensorboard")
@@ -279,8 +280,7 @@ def test_wandb_is_told_that_a_run_failed(tmp_path, monkeypatch) -> None:
 
 def test_a_folder_without_a_checkpoint_begins_again(tmp_path) -> None:
     main(shlex.split(f"{RUN} --logs {tmp_path} --name run --max-steps 2"))
-    for path in (tmp_path / "run/checkpoints").iterdir():
-        path.unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
     main(shlex.split(f"{RUN} --logs {tmp_path} --name run --max-steps 1 --resume latest"))
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     assert [line["resumed"] for line in lines if "resumed" in line] == [0]
