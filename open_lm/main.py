@@ -293,6 +293,7 @@ def train_all(
         last = progress.step == schedule.end_step
         saves.end_interval(n, last)
         if job.val_data and (last or n % run.eval.val_frequency == 0):
+            saves.saver.before_update()  # averages take the weights' place
             evaluate_interval(n)
 
     with saves:
@@ -312,6 +313,7 @@ def train_all(
             loss_scale=loss_scale,
             end_interval=end_interval,
             save_if_due=saves.if_due,
+            before_update=saves.saver.before_update,
             save_state=saves.save_state,
             name_samples=data.name_samples,
             averages=averages,

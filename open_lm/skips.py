@@ -25,25 +25,26 @@ class BadSamples:
         self.limit = limit
         self.named: set[str] = set()
 
-    def add_(self, n_bad: int, mine: Sequence[str], progress: Progress) -> None:
-        """Of one step: the number over all ranks, and this rank's own. Collective where something is to be named.
+    def add_(self, n_bad: int, mine: Sequence[str], step: int, total: int) -> None:
+        """Of `step` (from 1): the number over all ranks, and this rank's own; `total` is the run's so far. Collective
+        where something is to be named.
 
         RuntimeError, on all ranks, when the run has more than the limit.
         """
-        too_many = self.limit is not None and progress.bad_samples > self.limit
+        too_many = self.limit is not None and total > self.limit
         if not n_bad or (len(self.named) >= NAMED_SAMPLES and not too_many):
             return
         samples = [sample for of_rank in gather_objects(list(mine)) for sample in of_rank]
         for sample in samples:
             if sample not in self.named and len(self.named) < NAMED_SAMPLES:
                 self.named.add(sample)
-                logger.warning("step %d: %s: ignored", progress.step, sample)
+                logger.warning("step %d: %s: ignored", step, sample)
                 if len(self.named) == NAMED_SAMPLES:
                     logger.warning("further bad samples are only counted")
         if too_many:
             raise RuntimeError(
-                f"--bad-sample-limit {self.limit}: step {progress.step} brings the run's bad samples to "
-                f"{progress.bad_samples}; the last one: {samples[-1] if samples else 'unnamed'}"
+                f"--bad-sample-limit {self.limit}: step {step} brings the run's bad samples to "
+                f"{total}; the last one: {samples[-1] if samples else 'unnamed'}"
             )
 
 

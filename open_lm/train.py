@@ -213,6 +213,7 @@ def train(
     end_interval: Callable[[int], None],
     save_state: Callable[[str], None],
     save_if_due: Callable[[Callable[[], None]], None] = lambda update: None,
+    before_update: Callable[[], None] = lambda: None,
     name_samples: Callable[[int], Sequence[str]] = lambda step: (),
     averages: Sequence[Average] = (),
     averaged_loss_every: int = 0,
@@ -221,7 +222,8 @@ def train(
     """Trains from `progress.step` to `schedule.end_step`; `batches` are this rank's, one a step.
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
-    evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves. A step whose
+    evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves;
+    `before_update()` before anything that a save holds changes. A step whose
     loss or gradient norm is not finite, or whose loss is a spike (--skip-loss-spikes), changes no weight and no
     moment, on all ranks; RuntimeError after --max-skipped-updates such steps in a row, with LOGS/NAME/debug
     written. Between log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0: never) the loss of
@@ -252,7 +254,10 @@ def train(
             log.end_progress()
             save_state(watch.why())
             raise StopAsked
+        progress.bad_samples += agreed.n_bad
+        bad_samples.add_(agreed.n_bad, batch.bad, step + 1, progress.bad_samples)
         if averaged_loss_every and (step + 1) % averaged_loss_every == 0:
+            before_update()  # averages take the weights' place for a moment
             log_averaged_losses(
                 model, batch, averages, step + 1, plan=plan, optim=optim, world=world, log=log
             )
@@ -272,6 +277,7 @@ def train(
         accepted = finite & ~spikes.is_spike(result.losses[0]) if spikes else finite
         if optim.grad_clip_norm is not None:
             clip_(parameters, norm, optim.grad_clip_norm)
+        before_update()
         update_(optimizer, accepted)
         if "bias" in config.moe.balances:
             balance_(model, result, config.moe.bias_rate * accepted)
@@ -286,8 +292,6 @@ def train(
         window.add_(result, finite)
         progress.step += 1
         progress.tokens += result.tokens
-        progress.bad_samples += result.n_bad
-        bad_samples.add_(result.n_bad, batch.bad, progress)
         clock.lap("optim_step_time")
 
         interval = schedule.interval_of(step)

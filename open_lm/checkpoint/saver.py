@@ -52,7 +52,7 @@ class Save:
     size: int
     """Bytes of the state, over all ranks."""
     stall_seconds: float = 0.0
-    """What the loop lost: waiting for the save before, then for the copy, on the host or the device."""
+    """What the loop lost: waiting for the save before, then for the copy; the device, before the next update."""
     write_seconds: float = 0.0
     """Until the state, and epoch_N.pt, were complete."""
     error: Exception | None = None
@@ -112,13 +112,7 @@ class Saver:
         path = self.folder / f"epoch_{labels[0]}.pt" if labels else state.state_folder(self.folder, step)
         save = Save(step, path, tuple(labels), whole_bytes(tensors))
         mine = share(tensors) if self.is_shared else collect_on_first_rank(tensors)
-        on_gpu = self.staging.device.type == "cuda"
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if on_gpu else []
-        if events:
-            events[0].record()
         parts = plan(mine, self.staging.copy(mine))
-        if events:
-            events[1].record()
         extra = whole_bytes(tensors, "model/") + whole_bytes(tensors, "average/") if labels else 0
         save.stall_seconds = waited + time.perf_counter() - begin
         self._running = save
@@ -126,13 +120,11 @@ class Saver:
         def run() -> None:
             started = time.perf_counter()
             try:
-                if on_gpu:
+                if self.staging.device.type == "cuda":
                     torch.cuda.set_device(self.staging.device)  # a thread begins on the first
-                if events:  # the device copies in its own time: what is longer than the host's is lost, too
-                    events[1].synchronize()
-                    on_device = events[0].elapsed_time(events[1]) / 1000
-                    save.stall_seconds = max(save.stall_seconds, waited + on_device)
+                self.staging.wait()
                 self._write(save, document, parts, extra)
+                save.stall_seconds += self.staging.held_seconds()
             except Exception as error:
                 save.error = error
             save.write_seconds = time.perf_counter() - started
@@ -145,6 +137,11 @@ class Saver:
         else:
             run()
         return save
+
+    def before_update(self) -> None:
+        """Call it before the weights, moments, biases or averages of a save change: a GPU that still copies them
+        finishes first."""
+        self.staging.hold()
 
     def wait(self, seconds: float | None = None) -> None:
         """Waits for the save that is being written, if there is one; counts as its successor's stall."""

@@ -116,10 +116,16 @@ def collect_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class Staging:
-    """Host memory for this rank's part of a save, page-locked where there is a GPU, and kept for the next."""
+    """Host memory for this rank's part of a save, page-locked where there is a GPU, and kept for the next.
+
+    A GPU copies beside its work: nothing that is copied may change before `hold`.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: torch.cuda.Event | None = None
+        self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._release: Callable[[], Any] | None = None
 
@@ -142,16 +148,47 @@ class Staging:
                 )
 
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's parts, in host memory once the device has done what is queued."""
+        """This rank's parts, in host memory when `wait` returns."""
         parts = {key: local(tensor) for key, tensor in tensors.items()}
         self.reserve(sum(padded(part.nbytes) for part in parts.values()))
         copies, start = {}, 0
-        for key, part in parts.items():
-            room = self._memory[start : start + part.nbytes]
-            copies[key] = room.view(part.dtype).view(part.shape)
-            copies[key].copy_(part, non_blocking=True)
-            start += padded(part.nbytes)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):  # of None: nothing
+            for key, part in parts.items():
+                room = self._memory[start : start + part.nbytes]
+                copies[key] = room.view(part.dtype).view(part.shape)
+                copies[key].copy_(part, non_blocking=True)
+                start += padded(part.nbytes)
+        if self._stream is not None:
+            self._held = None
+            self._copied = torch.cuda.Event()
+            self._copied.record(self._stream)
         return copies
+
+    def hold(self) -> None:
+        """What the device does from now on waits until everything is copied; the host does not."""
+        if self._copied is None or self._held is not None:
+            return
+        stream = torch.cuda.current_stream(self.device)
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record(stream)
+        stream.wait_event(self._copied)
+        after.record(stream)
+        self._held = before, after
+
+    def wait(self) -> None:
+        """Until the copies are there. By any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+
+    def held_seconds(self) -> float:
+        """How long `hold` made the device wait."""
+        if self._held is None:
+            return 0.0
+        before, after = self._held
+        after.synchronize()
+        return before.elapsed_time(after) / 1000
 
 
 def padded(size: int) -> int:

@@ -250,3 +250,27 @@ def test_loss_equals_torch():
     (exact_gradient,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(result.nll_sum, expected.float(), rtol=1e-6, atol=0)
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2**-7, atol=1e-7)
+
+
+def test_a_gpu_copies_beside_its_work_and_saves_what_was(tmp_path) -> None:
+    """Updates follow at once; without `before_update` they would overwrite what is being copied."""
+    config = replace(CONFIG, dim=1024, n_heads=8, n_layers=8)
+    alone = mesh.World(0, 0, 1, torch.device("cuda"), None)
+    model = plan.parallelize(config, world=alone, distributed=PLAIN, precision="fp32", seed=1)
+    optimizer = optim.make_optimizer(model, OptimConfig(lr=1e-3))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saver = checkpoint.Saver(tmp_path, model=model, optimizer=optimizer)
+    for step in (1, 2, 3):
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        save = saver.save({"step": step}, labels=[str(step)])
+        saver.before_update()
+        for _ in range(3):
+            optimizer.step()
+        saver.wait()
+        assert save.error is None
+        saved = torch.load(tmp_path / f"epoch_{step}.pt", weights_only=True)["state_dict"]
+        for name, tensor in before.items():
+            assert torch.equal(saved[name], tensor.cpu()), (step, name)
+    saver.close()
