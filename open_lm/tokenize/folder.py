@@ -3,7 +3,7 @@
 import os
 import posixpath
 import secrets
-import shutil
+from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -88,7 +88,7 @@ class Folder:
             return {posixpath.relpath(path, root) for path in file_system.find(root)}
 
     def delete(self, names: set[str]) -> None:
-        """Removes these files; of a local folder that is empty then, the folder too."""
+        """Removes these files."""
         if self.path is not None:
             for name in names:
                 (self.path / name).unlink(missing_ok=True)
@@ -98,12 +98,11 @@ class Folder:
             if names:
                 file_system.rm([f"{root}/{name}" for name in sorted(names)])
 
-    def delete_all(self) -> None:
-        """Removes the folder."""
+    def remove_empty(self) -> None:
+        """Removes a local folder if nothing is in it."""
         if self.path is not None:
-            shutil.rmtree(self.path, ignore_errors=True)
-        else:
-            self.delete(self.names())
+            with suppress(OSError):
+                self.path.rmdir()
 
 
 @lru_cache(8)

@@ -10,8 +10,9 @@ from typing import Any
 
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
-from open_lm.tokenize.folder import PARTIAL, Folder
+from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
+from open_lm.tokenize.ownership import remove_partials, remove_work
 from open_lm.tokenize.packing import share_out
 from open_lm.tokenize.plan import Plan, claim, make_plan
 from open_lm.tokenize.progress import Progress
@@ -53,8 +54,8 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
         else:
             claim(work, plan, "--work")
             Run(config, plan, output, work, progress).write(parts)
-        work.delete_all()
-        output.delete({name for name in output.names() if name.endswith(PARTIAL)})
+        remove_work(work, plan, remove_folder=config.work is None)
+        remove_partials(output)
         return {part: json.loads(output.read(folder_of(part) + INFO)) for part in parts}
 
 

@@ -85,6 +85,14 @@ def claim(folder: Folder, plan: Plan, flag: str) -> None:
     folder.write(PLAN, (json.dumps(plan.record, indent=1) + "\n").encode())
 
 
+def is_claimed(folder: Folder, plan: Plan) -> bool:
+    """Whether the folder is this plan's already."""
+    try:
+        return json.loads(folder.read(PLAN)) == plan.record
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
 def find_differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
     """`place: X there, Y now`, for every leaf that differs."""
     if isinstance(there, dict) and isinstance(here, dict):

@@ -1,6 +1,7 @@
 """What `python -m open_lm.tokenize` is told: a field is a flag, the text under it its help."""
 
 import os
+import posixpath
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +83,7 @@ class TokenizeConfig:
     Default: one is started here."""
 
     work: str | None = None
-    """Folder or URL for intermediate files, removed at the end. Default: OUTPUT/work."""
+    """Empty or new folder, or URL, for intermediate files, which are removed at the end. Default: OUTPUT/work."""
 
     unit_megabytes: float = 16.0
     """Input to a task, where files can be divided (.jsonl, .parquet). Never changes the result."""
@@ -124,6 +125,15 @@ def check(config: TokenizeConfig) -> None:
         raise ValueError(f"--pad-token {config.pad_token} needs --packing best-fit, not {config.packing}")
     if config.ray_address is not None and config.engine != "ray":
         raise ValueError(f"--ray-address {config.ray_address} needs --engine ray, not {config.engine}")
+    if config.work is not None and is_inside(config.output, config.work):
+        raise ValueError(
+            f"--work {config.work} is or holds --output {config.output}: name a folder of its own for --work, or "
+            "leave it out (it is OUTPUT/work then)"
+        )
+    if config.work is not None and is_inside(config.work, posixpath.join(config.output, "held_out")):
+        raise ValueError(f"--work {config.work} is where --output {config.output} writes its held-out part")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed} must be from -2^63 to 2^63 - 1")
     rates = config.sampling_rates
     if rates is not None:
         text = " ".join(map(str, rates))
@@ -133,6 +143,20 @@ def check(config: TokenizeConfig) -> None:
             )
         if not all(0 <= rate < 1000 for rate in rates) or not any(rates):
             raise ValueError(f"--sampling-rates {text}: each must be from 0 to 1000, and one more than 0")
+
+
+def normalize(url: str) -> str:
+    """One name for one place: local paths without links and dots, from the root; URLs without a last slash."""
+    if "://" in url and not url.startswith("file://"):
+        scheme, _, path = url.partition("://")
+        return f"{'s3' if scheme == 's3a' else scheme}://{posixpath.normpath('/' + path).strip('/')}"
+    return os.path.realpath(url.removeprefix("file://"))
+
+
+def is_inside(url: str, folder: str) -> bool:
+    """Whether a file or folder is in a folder, or the folder itself."""
+    url, folder = normalize(url), normalize(folder)
+    return url == folder or url.startswith(folder.rstrip("/") + "/")
 
 
 def flag(name: str) -> str:

@@ -189,6 +189,49 @@ def test_another_plan_is_refused_with_the_difference(inputs, tmp_path, tokenizer
         tokenize(config(inputs, tmp_path / "mine", tokenizer))
 
 
+def test_work_that_is_not_the_runs_is_left_alone(inputs, tmp_path, tokenizer):
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "thesis.txt").write_text("precious")
+    (mine / "sub/plan.json").write_text("{}")
+    out = tmp_path / "out"
+    tokenize(config(inputs, out, tokenizer))
+    for name in ("notes.partial", "held_out.txt"):
+        (out / name).write_text("precious")
+    before = digests(mine) | digests(out)
+    tokenize(config(inputs, out, tokenizer, work=str(mine)))  # complete: the work folder has no part in it
+    assert digests(mine) | digests(out) == before
+    with pytest.raises(ValueError, match=r"--work .*mine holds other files"):
+        tokenize(config(inputs, tmp_path / "other", tokenizer, work=str(mine)))
+    assert digests(mine).items() <= before.items()
+
+
+def test_only_what_the_run_made_goes(inputs, tmp_path, tokenizer, monkeypatch):
+    work = tmp_path / "work"
+    write = Folder.write
+
+    def write_beside(folder, name, data):
+        write(folder, name, data)
+        if name == "unit_000000.json":  # a user's file that comes while the run goes on
+            (work / "unit_notes.json").write_text("precious")
+            (work / "manifest.jsonl").write_text("precious")
+
+    monkeypatch.setattr(Folder, "write", write_beside)
+    tokenize(config(inputs, tmp_path / "out", tokenizer, work=str(work)))
+    assert set(digests(work)) == {"unit_notes.json", "manifest.jsonl"}
+
+
+@pytest.mark.parametrize(("output", "work"), [("a/out", "a"), ("a", "a"), ("a", "b/../a/"), ("a", "a/held_out"),
+    ("s3://b/x/out", "s3://b/x/"), ("s3://b/x", "s3://b/x/"), ("a", "link")])  # fmt: skip
+def test_work_that_holds_the_output_is_refused(inputs, tmp_path, tokenizer, output, work, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(ValueError, match=rf"--work {work} .*--output {output}"):
+        tokenize(config(inputs, output, tokenizer, work=work))
+    assert list((tmp_path / "a").iterdir()) == []
+
+
 def test_two_runs_in_one_output(inputs, tmp_path, tokenizer):
     with locked(Folder(str(tmp_path / "out"))), pytest.raises(ValueError, match="another run is writing"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
@@ -268,6 +311,7 @@ def test_trained_tokenizer(inputs, tmp_path):
         ({"sampling_rates": (-1.0,)}, "--sampling-rates -1.0"),
         ({"held_out_share": 1.0}, "--held-out-share 1.0"),
         ({"seq_len": 0}, "--seq-len 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 must be from"),
         ({"ray_address": "auto"}, "needs --engine ray, not local"),
         ({"seq_len": 100_000}, "does not fill one sequence of 100,001"),
     ],
