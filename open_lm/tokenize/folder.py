@@ -6,15 +6,14 @@ import secrets
 from contextlib import suppress
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from open_lm.data.remote import find_file_system, is_local
+from open_lm.data.remote import is_local
 from open_lm.data.retry import remote_errors
 
 # Protocols whose PUT is whole or nothing; elsewhere a file is written under another name and renamed.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"}
 PARTIAL = ".partial"
-READ_BYTES = 8 * 2**20
 
 
 class Folder:
@@ -109,12 +108,3 @@ class Folder:
 def open_folder(url: str) -> Folder:
     """The folder, with one connection per process."""
     return Folder(url)
-
-
-def open_stream(url: str) -> BinaryIO:
-    """A file's bytes, seekable, read ahead if it is remote. FileNotFoundError or OSError name the URL."""
-    if is_local(url):
-        return open(url.removeprefix("file://"), "rb")
-    with remote_errors(url):
-        file_system, path = find_file_system(url)
-        return file_system.open(path, "rb", block_size=READ_BYTES, cache_type="readahead")

@@ -5,11 +5,11 @@ import os
 import posixpath
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from open_lm.data.patterns import expand
 from open_lm.data.remote import find_file_system, is_local
-from open_lm.data.retry import remote_errors
+from open_lm.data.retry import Patience, retry
 
 COMPRESSIONS = ("gz", "zst")
 FORMATS = {
@@ -59,11 +59,11 @@ def kind_of(name: str) -> Kind | None:
     return Kind(format, compression)
 
 
-def list_files(entry: str, source: int) -> list[File]:
+def list_files(entry: str, source: int, patience: Patience) -> list[File]:
     """The files of one --inputs entry, in a fixed order. ValueError or FileNotFoundError names what gives none."""
     found: dict[str, tuple[int, str]] = {}
     for pattern in expand(entry):
-        listed = list(list_local(pattern) if is_local(pattern) else list_remote(pattern))
+        listed = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
         if not listed:
             raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
         for url, size, version in listed:
@@ -91,15 +91,19 @@ def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
             yield name, stat.st_size, str(stat.st_mtime_ns)
 
 
-def list_remote(pattern: str) -> Iterator[tuple[str, int, str]]:
-    with remote_errors(pattern):
-        file_system, path = find_file_system(pattern)
+def list_remote(pattern: str, patience: Patience) -> Iterator[tuple[str, int, str]]:
+    def find() -> tuple[Any, dict[str, dict]]:
+        file_system, path = find_file_system(pattern, patience)
+        file_system.invalidate_cache()
         if glob.has_magic(path):
-            found = file_system.glob(path, detail=True)
-        elif not pattern.endswith("/") and file_system.isfile(path):
-            found = {path: file_system.info(path)}
-        else:
-            found = {k: v for k, v in file_system.find(path, detail=True).items() if in_folder(k)}
+            return file_system, file_system.glob(path, detail=True)
+        if not pattern.endswith("/") and file_system.isfile(path):
+            return file_system, {path: file_system.info(path)}
+        return file_system, {
+            name: found for name, found in file_system.find(path, detail=True).items() if in_folder(name)
+        }
+
+    file_system, found = retry(pattern, "listing it", find, patience)
     for name, information in sorted(found.items()):
         if information.get("type") != "directory":
             version = next(
@@ -115,12 +119,12 @@ def in_folder(path: str) -> bool:
     return kind is not None and not name.startswith(".") and not name.removesuffix(".gz").endswith(".json")
 
 
-def divide(file: File, unit_bytes: int) -> list[Unit]:
+def divide(file: File, unit_bytes: int, patience: Patience) -> list[Unit]:
     """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle."""
     kind = kind_of(file.url)
     assert kind is not None
     if kind.format == "parquet":
-        return divide_parquet(file)
+        return divide_parquet(file, patience)
     if kind != ("jsonl", "") or file.bytes <= unit_bytes:
         return [Unit(file, 0, None, file.bytes)]
     count = -(-file.bytes // unit_bytes)
@@ -128,10 +132,10 @@ def divide(file: File, unit_bytes: int) -> list[Unit]:
     return [Unit(file, a, b, b - a) for a, b in pairwise(ends)]
 
 
-def divide_parquet(file: File) -> list[Unit]:
+def divide_parquet(file: File, patience: Patience) -> list[Unit]:
     from open_lm.tokenize.readers import open_parquet
 
-    with open_parquet(file.url) as table:
+    with open_parquet(file.url, patience) as (table, _):
         groups = table.metadata.num_row_groups
         sizes = [table.metadata.row_group(i).total_byte_size for i in range(groups)]
     total = sum(sizes) or 1

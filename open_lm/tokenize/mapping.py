@@ -138,7 +138,7 @@ def encode_unit(task: Encode) -> dict:
 def refuse(task: Encode, member: str, line: int, problem: str, before: int) -> None:
     if task.on_bad == "skip" and before < task.max_bad:
         return
-    place = name_place(task.unit, member, line, count_lines(task.unit))
+    place = name_place(task.unit, member, line, count_lines(task.unit, task.how.patience))
     advice = "--on-bad skip passes over such documents"
     if task.on_bad == "skip":
         advice = f"more than --max-bad {task.max_bad} are bad"

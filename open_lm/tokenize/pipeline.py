@@ -130,7 +130,7 @@ class Run:
                 limit_bytes = config.train_tokenizer_megabytes * 1e6
                 assert config.train_tokenizer is not None
                 self.progress.say(f"training a tokenizer of {config.train_tokenizer:,} ids")
-                how = How(config.text_key, config.txt_documents)
+                how = How(config.text_key, config.txt_documents, config.patience)
                 content = train(
                     list(self.plan.units),
                     how,
@@ -186,7 +186,7 @@ class Run:
                     f"(--on-bad {config.on_bad}, --max-bad {config.max_bad})"
                 )
 
-        how = How(config.text_key, config.txt_documents)
+        how = How(config.text_key, config.txt_documents, config.patience)
         tasks = [
             Encode(
                 f"unit_{i:06d}", self.work.url, self.output.url, unit, how, self.plan.split,

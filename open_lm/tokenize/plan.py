@@ -35,14 +35,19 @@ def make_plan(config: TokenizeConfig) -> Plan:
     check(config)
     tokenizer = None
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer, config.patience)
         parsed = parse(tokenizer, config.tokenizer)
         find_end_of_text(parsed, config.end_of_text)
         if config.pad_token is not None:
             find_token(parsed, config.pad_token, "--pad-token")
         count_ids(parsed)
-    files = [file for source, entry in enumerate(config.inputs) for file in list_files(entry, source)]
-    units = [unit for file in files for unit in divide(file, int(config.unit_megabytes * 1e6))]
+    files = [
+        file
+        for source, entry in enumerate(config.inputs)
+        for file in list_files(entry, source, config.patience)
+    ]
+    unit_bytes = int(config.unit_megabytes * 1e6)
+    units = [unit for file in files for unit in divide(file, unit_bytes, config.patience)]
     rates = config.sampling_rates or (1.0,) * len(config.inputs)
     sampled = sum(file.bytes * rates[file.source] * expansion(file.url) for file in files)
     buckets = max(1, math.ceil(sampled / (config.bucket_megabytes * 1e6)))

@@ -5,6 +5,8 @@ import posixpath
 from dataclasses import dataclass
 from typing import Literal
 
+from open_lm.data.retry import Patience
+
 
 @dataclass(frozen=True)
 class TokenizeConfig:
@@ -91,8 +93,20 @@ class TokenizeConfig:
     bucket_megabytes: float = 256.0
     """Input shuffled at a time: memory of a process is a few times as much."""
 
+    data_retries: int = 6
+    """How often a read of remote input is tried again, with waits of 1, 2, 4 … seconds, when the server throttles,
+    fails or resets. Then the run ends, and goes on when started again."""
+
+    data_timeout: float = 30.0
+    """Seconds that a connection to remote input may say nothing."""
+
     progress_seconds: float = 10.0
     """Between two lines of progress where the output is no terminal."""
+
+    @property
+    def patience(self) -> Patience:
+        """With remote input."""
+        return Patience(self.data_retries, self.data_timeout)
 
 
 # Flags that decide the bytes written, or the tasks: a run with others cannot go on in the same output.
@@ -106,11 +120,13 @@ def check(config: TokenizeConfig) -> None:
     """ValueError, naming flag and value, for settings that cannot work."""
     positive = (
         "seq_len sequences_per_shard processes unit_megabytes bucket_megabytes progress_seconds "
-        "train_tokenizer_megabytes"
+        "train_tokenizer_megabytes data_timeout"
     ).split()
     for name in positive:
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(config, name)} must be more than 0")
+    if config.data_retries < 0:
+        raise ValueError(f"--data-retries {config.data_retries} must be 0 or more")
     if not config.inputs or not all(config.inputs):
         raise ValueError("--inputs names nothing")
     if (config.tokenizer is None) == (config.train_tokenizer is None):

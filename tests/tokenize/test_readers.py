@@ -6,6 +6,7 @@ import tarfile
 import pytest
 import zstandard
 
+from open_lm.data.retry import Patience
 from open_lm.tokenize.inputs import Unit, divide, list_files
 from open_lm.tokenize.readers import How, count_lines, read_unit
 from tests.tokenize.conftest import TEXTS, write_lines
@@ -14,8 +15,10 @@ HOW = How("text", "file")
 
 
 def read(path, how=HOW, unit_bytes=10**9):
-    files = list_files(str(path), 0)
-    return [d for file in files for unit in divide(file, unit_bytes) for d in read_unit(unit, how)]
+    files = list_files(str(path), 0, Patience())
+    return [
+        d for file in files for unit in divide(file, unit_bytes, Patience()) for d in read_unit(unit, how)
+    ]
 
 
 def texts_of(documents):
@@ -55,7 +58,7 @@ def test_parquet(tmp_path):
     documents = read(tmp_path / "a.parquet")
     assert texts_of(documents) == TEXTS
     assert len({d.position for d in documents}) == 200
-    assert len(divide(list_files(str(tmp_path), 0)[0], 1)) == 3
+    assert len(divide(list_files(str(tmp_path), 0, Patience())[0], 1, Patience())) == 3
     (other,) = {d.problem for d in read(tmp_path / "a.parquet", How("body", "file"))}
     assert "no column 'body'" in other
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
@@ -69,13 +72,13 @@ def test_units_of_any_size_give_each_line_once_with_its_number(tmp_path, unit_by
     path.write_bytes(
         b'{"text": "one"}\n\n{"text": "two is longer"}\r\n\n\n{"text": "3"}\n{"text": "last, no newline"}'
     )
-    (file,) = list_files(str(path), 0)
+    (file,) = list_files(str(path), 0, Patience())
     whole = list(read_unit(Unit(file, 0, None, 0), HOW))
     lines, positions = [], []
-    for unit in divide(file, unit_bytes):
+    for unit in divide(file, unit_bytes, Patience()):
         for document in read_unit(unit, HOW):
             positions.append(document.position)
-            lines.append((document.line + count_lines(unit), document.text))
+            lines.append((document.line + count_lines(unit, Patience()), document.text))
     assert lines == [(d.line, d.text) for d in whole]
     assert positions == [d.position for d in whole]
     assert [line for line in lines if line[1]] == [
