@@ -84,7 +84,14 @@ class Folder:
             return found
         file_system, root = self._place
         with remote_errors(self.url):
-            return {posixpath.relpath(path, root) for path in file_system.find(root)}
+            found = {posixpath.relpath(path, root) for path in file_system.find(root)}
+        return found - {"."}  # what a console creates to show an empty folder
+
+    def is_file(self) -> bool:
+        """Whether the URL is a remote file's own."""
+        file_system, root = self._place
+        with remote_errors(self.url):
+            return file_system.isfile(root)
 
     def delete(self, names: set[str]) -> None:
         """Removes these files."""

@@ -1,16 +1,16 @@
 """The whole: plan → tokenizer → units → buckets → shards → manifest, each step only where it is not done yet."""
 
-import fcntl
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
 from open_lm.tokenize.folder import Folder
+from open_lm.tokenize.lock import locked
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
 from open_lm.tokenize.ownership import remove_partials, remove_work
 from open_lm.tokenize.packing import share_out
@@ -47,7 +47,9 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
     parts = [part for part, buckets in zip(PARTS, plan.split.buckets, strict=True) if buckets]
     with ExitStack() as stack:
         progress = progress or stack.enter_context(Progress(config.progress_seconds))
-        stack.enter_context(locked(output))
+        stack.enter_context(locked(output, "--output", config.take_over))
+        if config.work is not None:
+            stack.enter_context(locked(work, "--work", config.take_over))
         claim(output, plan, "--output")
         if MANIFEST in output.names():
             progress.say(f"{config.output}: complete, by the same plan; nothing to do")
@@ -66,24 +68,6 @@ def absolute(url: str) -> str:
 
 def folder_of(part: str) -> str:
     return f"{HELD_OUT}/" if part == "held_out" else ""
-
-
-@contextmanager
-def locked(output: Folder) -> Iterator[None]:
-    """Holds a local output for this process (until it dies). ValueError: another run has it."""
-    if output.path is None:
-        yield
-        return
-    output.make()
-    descriptor = os.open(output.path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"--output {output.url}: another run is writing there") from None
-        yield
-    finally:
-        os.close(descriptor)
 
 
 class Run:

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from open_lm.tokenize.folder import Folder
+from open_lm.tokenize.folder import PARTIAL, Folder
 from open_lm.tokenize.inputs import File, Unit, divide, list_files
+from open_lm.tokenize.lock import OWNER
 from open_lm.tokenize.settings import DECISIVE, TokenizeConfig, check
 from open_lm.tokenize.split import Split
 from open_lm.tokenize.vocabulary import count_ids, find_end_of_text, find_token, load_tokenizer, parse
@@ -72,7 +73,7 @@ def expansion(url: str) -> int:
 
 def claim(folder: Folder, plan: Plan, flag: str) -> None:
     """Makes the folder this plan's. ValueError: it holds something else, or another plan, with the differences."""
-    names = folder.names()
+    names = {name for name in folder.names() if not name.endswith(PARTIAL)} - {OWNER}
     if PLAN in names:
         there = json.loads(folder.read(PLAN))
         found = list(find_differences(there, plan.record))
@@ -84,7 +85,7 @@ def claim(folder: Folder, plan: Plan, flag: str) -> None:
                 + more
             )
         return
-    if any(not name.endswith(".partial") for name in names):
+    if names:
         raise ValueError(f"{flag} {folder.url} holds other files (e.g. {min(names)}); name an empty folder")
     folder.make()
     folder.write(PLAN, (json.dumps(plan.record, indent=1) + "\n").encode())

@@ -87,6 +87,10 @@ class TokenizeConfig:
     work: str | None = None
     """Empty or new folder, or URL, for intermediate files, which are removed at the end. Default: OUTPUT/work."""
 
+    take_over: bool = False
+    """Go on in a remote --output or --work whose owner.json names another run: only when that run is dead.
+    (A dead one of this host is noticed.)"""
+
     unit_megabytes: float = 16.0
     """Input to a task, where files can be divided (.jsonl, .parquet). Never changes the result."""
 

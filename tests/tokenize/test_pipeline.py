@@ -8,7 +8,8 @@ import pytest
 from tokenizers import Tokenizer
 
 from open_lm.tokenize.folder import Folder
-from open_lm.tokenize.pipeline import locked, tokenize
+from open_lm.tokenize.lock import locked
+from open_lm.tokenize.pipeline import tokenize
 from open_lm.tokenize.settings import TokenizeConfig
 from tests.tokenize.conftest import TEXTS, digests, read_rows, write_lines
 
