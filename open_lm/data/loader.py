@@ -10,7 +10,7 @@ from open_lm.config import DataConfig
 from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
 from open_lm.data.cache import find_cache
 from open_lm.data.changes import changes_since, describe_source
-from open_lm.data.manifest import Source, read_manifest
+from open_lm.data.manifest import Source, is_manifest, read_manifest
 from open_lm.data.masks import NO_MASKS, Masks, find_masks
 from open_lm.data.order import Change, Order, upsample_weights
 from open_lm.data.reader import SequenceReader
@@ -212,7 +212,7 @@ class ValData:
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
         source = find_source(entry, key, cache, limit)
-        if entry.endswith(".jsonl"):
+        if is_manifest(entry):
             check_shards(source, key, cache, ignore_parse_errors)
         self.entry = entry
         self.name = name

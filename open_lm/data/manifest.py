@@ -3,12 +3,15 @@
 import hashlib
 import json
 import posixpath
+import re
 from typing import NamedTuple
 
-from open_lm.data.remote import Patience, read_bytes
+from open_lm.data.remote import PIPE, Patience, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
 TEXTS = ("sha256", "data_key")
+# The word of a command that names a manifest.
+PIPED = re.compile(r"""(?P<folder>(?:[^\s'"|;<>]*/)?)[^\s/'"|;<>]+\.jsonl(?=$|[\s'"|;<>])""")
 COUNT_KEYS = ("num_sequences", "num_chunks")  # the second is open_lm's old name
 
 
@@ -46,7 +49,7 @@ class Source(NamedTuple):
 
 
 def read_manifest(url: str, patience: Patience | None = None) -> Source:
-    """The source that a local or remote manifest lists; sha256 is that of the manifest's bytes.
+    """The source that a local, remote or piped manifest lists; sha256 is that of the manifest's bytes.
 
     One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), the optional
     fields of Shard, other keys are ignored, the last newline is optional. The tars lie beside the manifest.
@@ -89,4 +92,30 @@ def parse_line(line: bytes, manifest: str, place: str) -> Shard:
 def locate_shard(name: str, manifest: str) -> str:
     """URL of a shard that the manifest names: beside it, unless the name is a URL or an absolute path."""
     name = name if name.endswith(".tar") else f"{name}.tar"
-    return name if "://" in name else posixpath.join(posixpath.dirname(manifest), name)
+    return name if "://" in name else locate_beside(name, manifest)
+
+
+def is_manifest(entry: str) -> bool:
+    """Whether a path, URL or command gives a manifest: it ends in .jsonl, a command names a file that does."""
+    return bool(PIPED.search(entry)) if entry.startswith(PIPE) else entry.endswith(".jsonl")
+
+
+def locate_beside(name: str, manifest: str) -> str:
+    """URL of a file in the manifest's folder: of `pipe:cat F/manifest.jsonl`, `pipe:cat F/NAME`.
+
+    ValueError: a command that names no .jsonl file, or a name that a shell would take for more than a name.
+    """
+    if not manifest.startswith(PIPE):
+        return posixpath.join(posixpath.dirname(manifest), name)
+    if name.startswith("/"):
+        return name
+    found = list(PIPED.finditer(manifest))
+    if not found:
+        raise ValueError(
+            f"{manifest}: the command names no .jsonl file, so where its shard {name} lies is unknown: give the "
+            "manifest itself"
+        )
+    if not re.fullmatch(r"(?!-)[\w./+=:@%,-]+", name):
+        raise ValueError(f"{manifest}: {name!r} cannot stand in a command: rename the shard")
+    word = found[-1]
+    return manifest[: word.start()] + word["folder"] + name + manifest[word.end() :]

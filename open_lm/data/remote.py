@@ -43,17 +43,23 @@ def is_local(url: str) -> bool:
 
 
 def read_bytes(url: str, patience: Patience | None = None) -> bytes:
-    """The whole content of a small local or remote file. FileNotFoundError or OSError name the URL."""
+    """The whole content of a small local or remote file, or what a command prints. FileNotFoundError or OSError
+    name the URL."""
     if is_local(url):
         with os.fdopen(open_local(url), "rb") as file:
             return file.read()
+    patience = patience or Patience()
 
     def read() -> bytes:
+        if url.startswith(PIPE):
+            with tempfile.TemporaryFile() as file:
+                run_command(url, file, patience)
+                file.seek(0)
+                return file.read()
         file_system, path = find_file_system(url, patience)
         return file_system.cat_file(path)
 
-    patience = patience or Patience()
-    return retry(url, "reading it", read, patience)
+    return retry(url, "the command" if url.startswith(PIPE) else "reading it", read, patience)
 
 
 def open_local(url: str) -> int:

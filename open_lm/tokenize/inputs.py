@@ -1,15 +1,17 @@
 """--inputs to files, and files to units of work."""
 
+import functools
 import glob
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 from open_lm.data.patterns import expand
 from open_lm.data.remote import find_file_system, is_local
 from open_lm.data.retry import Patience, retry
+from open_lm.tokenize.places import is_inside
 
 COMPRESSIONS = ("gz", "zst")
 FORMATS = {
@@ -59,13 +61,17 @@ def kind_of(name: str) -> Kind | None:
     return Kind(format, compression)
 
 
-def list_files(entry: str, source: int, patience: Patience) -> list[File]:
-    """The files of one --inputs entry, in a fixed order. ValueError or FileNotFoundError names what gives none."""
+def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[str] = ()) -> list[File]:
+    """The files of one --inputs entry, in a fixed order, without those in `excluded` folders (what a run writes is
+    no input). ValueError or FileNotFoundError names what gives none."""
     found: dict[str, tuple[int, str]] = {}
+    is_ours = functools.cache(lambda folder: any(is_inside(folder, ours) for ours in excluded))
     for pattern in expand(entry):
-        listed = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
+        every = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
+        listed = [file for file in every if not is_ours(posixpath.dirname(file[0]))]
         if not listed:
-            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
+            own = f"; {len(every):,} files of --output or --work do not count" if every else ""
+            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN}{own})")
         for url, size, version in listed:
             if kind_of(url) is None:
                 raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")

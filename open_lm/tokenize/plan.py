@@ -42,10 +42,11 @@ def make_plan(config: TokenizeConfig) -> Plan:
         if config.pad_token is not None:
             find_token(parsed, config.pad_token, "--pad-token")
         count_ids(parsed)
+    ours = [config.output] if config.work is None else [config.output, config.work]
     files = [
         file
         for source, entry in enumerate(config.inputs)
-        for file in list_files(entry, source, config.patience)
+        for file in list_files(entry, source, config.patience, ours)
     ]
     unit_bytes = int(config.unit_megabytes * 1e6)
     units = [unit for file in files for unit in divide(file, unit_bytes, config.patience)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from open_lm.data.retry import Patience
+from open_lm.tokenize.places import is_inside
 
 
 @dataclass(frozen=True)
@@ -163,20 +164,6 @@ def check(config: TokenizeConfig) -> None:
             )
         if not all(0 <= rate < 1000 for rate in rates) or not any(rates):
             raise ValueError(f"--sampling-rates {text}: each must be from 0 to 1000, and one more than 0")
-
-
-def normalize(url: str) -> str:
-    """One name for one place: local paths without links and dots, from the root; URLs without a last slash."""
-    if "://" in url and not url.startswith("file://"):
-        scheme, _, path = url.partition("://")
-        return f"{'s3' if scheme == 's3a' else scheme}://{posixpath.normpath('/' + path).strip('/')}"
-    return os.path.realpath(url.removeprefix("file://"))
-
-
-def is_inside(url: str, folder: str) -> bool:
-    """Whether a file or folder is in a folder, or the folder itself."""
-    url, folder = normalize(url), normalize(folder)
-    return url == folder or url.startswith(folder.rstrip("/") + "/")
 
 
 def flag(name: str) -> str:

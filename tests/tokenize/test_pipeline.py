@@ -1,5 +1,6 @@
 import itertools
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer
 
 from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.lock import locked
-from open_lm.tokenize.pipeline import tokenize
+from open_lm.tokenize.pipeline import Run, tokenize
 from open_lm.tokenize.settings import TokenizeConfig
 from tests.tokenize.conftest import TEXTS, digests, read_rows, write_lines
 
@@ -233,6 +234,26 @@ def test_work_that_holds_the_output_is_refused(inputs, tmp_path, tokenizer, outp
     assert list((tmp_path / "a").iterdir()) == []
 
 
+def test_what_a_run_writes_is_no_input(inputs, tmp_path, tokenizer, monkeypatch):
+    (expected,) = tokenize(config(inputs, tmp_path / "apart", tokenizer)).values()
+    for entry in (str(inputs), f"{inputs}/**/*l"):
+        out, work = inputs / "out", inputs / "tmp"
+        made = config(entry, out, tokenizer, work=str(work), bucket_megabytes=0.015)
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "write_shards", lambda *given: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tokenize(made)
+        (work / "old.txt").write_text("a user's, which the plan never listed")
+        (info,) = tokenize(made).values()
+        assert info["documents"] == expected["documents"]
+        assert tokenize(made) == {"train": info}
+        shutil.rmtree(out)
+        shutil.rmtree(work)
+    write_lines(tmp_path / "new/a.jsonl", TEXTS)
+    with pytest.raises(FileNotFoundError, match="1 files of --output or --work do not count"):
+        tokenize(config(tmp_path / "new", tmp_path / "new", tokenizer))
+
+
 def test_two_runs_in_one_output(inputs, tmp_path, tokenizer):
     with locked(Folder(str(tmp_path / "out"))), pytest.raises(ValueError, match="another run is writing"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
@@ -353,5 +374,6 @@ def test_s3_gives_the_same_shards(inputs, tmp_path, tokenizer, bucket):
     assert there.keys() == here.keys()
     differing = {name for name in here if here[name] != there[name]}
     assert differing == {"plan.json", "info.json", "held_out/info.json"}, "they name the inputs"
+    assert sum(part["documents"] for part in tokenize(made).values()) == 200, "what is there is no input"
     with pytest.raises(FileNotFoundError, match="s3://bucket/none"):
         tokenize(config("s3://bucket/none/", "s3://bucket/y", tokenizer))
