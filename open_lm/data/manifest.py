@@ -65,6 +65,12 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
             raise ValueError(f"{url}:{number}: shard {shard.url} is listed twice")
         shards[shard.url] = shard
     source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest(), content)
+    if not content.strip():
+        raise ValueError(
+            f"{url}: the manifest is empty: where open_lm.tokenize wrote it, the part had too "
+            "little text (info.json beside it counts); leave it out, or tokenize with more text or a larger "
+            "--held-out-share"
+        )
     if source.sequences == 0:
         raise ValueError(f"{url}: the manifest lists no sequences")
     return source

@@ -79,13 +79,21 @@ class Folder:
 
     def names(self) -> set[str]:
         """Files here and below, relative; none if there is no such folder."""
+        return set(self.sizes())
+
+    def sizes(self) -> dict[str, int]:
+        """As `names`, with their bytes."""
         if self.path is not None:
-            found = {p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file()}
-            return found
+            files = (p for p in self.path.rglob("*") if p.is_file())
+            return {p.relative_to(self.path).as_posix(): p.stat().st_size for p in files}
         file_system, root = self._place
         with remote_errors(self.url):
-            found = {posixpath.relpath(path, root) for path in file_system.find(root)}
-        return found - {"."}  # what a console creates to show an empty folder
+            found = {
+                posixpath.relpath(path, root): int(information.get("size") or 0)
+                for path, information in file_system.find(root, detail=True).items()
+            }
+        found.pop(".", None)  # what a console creates to show an empty folder
+        return found
 
     def is_file(self) -> bool:
         """Whether the URL is a remote file's own."""

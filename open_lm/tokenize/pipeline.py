@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from open_lm.tokenize.complete import BAD, HELD_OUT, INFO, MANIFEST, find_damages, folder_of
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
 from open_lm.tokenize.folder import Folder
@@ -14,7 +15,7 @@ from open_lm.tokenize.lock import locked
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
 from open_lm.tokenize.ownership import remove_partials, remove_work
 from open_lm.tokenize.packing import share_out
-from open_lm.tokenize.plan import Plan, claim, make_plan
+from open_lm.tokenize.plan import SHOWN, Plan, claim, make_plan
 from open_lm.tokenize.progress import Progress
 from open_lm.tokenize.readers import How
 from open_lm.tokenize.reducing import Pack, Rows, Tails, WriteShard
@@ -29,11 +30,6 @@ from open_lm.tokenize.vocabulary import (
     parse,
     train,
 )
-
-MANIFEST = "manifest.jsonl"
-INFO = "info.json"
-BAD = "bad.jsonl"
-HELD_OUT = "held_out"
 
 
 def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[str, dict]:
@@ -51,7 +47,15 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
         if config.work is not None:
             stack.enter_context(locked(work, "--work", config.take_over))
         claim(output, plan, "--output")
-        if MANIFEST in output.names():
+        complete = MANIFEST in output.names()
+        if complete and (damages := find_damages(output, plan, parts)):
+            more = f" and {len(damages) - SHOWN:,} more" if len(damages) > SHOWN else ""
+            progress.say(
+                f"{config.output} was complete and is not: {'; '.join(damages[:SHOWN])}{more}: made again"
+            )
+            output.delete({MANIFEST, TOKENIZER})
+            complete = False
+        if complete:
             progress.say(f"{config.output}: complete, by the same plan; nothing to do")
         else:
             claim(work, plan, "--work")
@@ -64,10 +68,6 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
 def absolute(url: str) -> str:
     """A local path from the root, as workers elsewhere need it."""
     return url if "://" in url else os.path.abspath(url)
-
-
-def folder_of(part: str) -> str:
-    return f"{HELD_OUT}/" if part == "held_out" else ""
 
 
 class Run:
@@ -87,6 +87,7 @@ class Run:
         rows = Rows(length, vocabulary.dtype, self.config.packing, vocabulary.pad, self.config.seed)
         with open_engine(self.config.engine, self.config.processes, self.config.ray_address) as engine:
             encoded = self.encode(engine, vocabulary)
+            self.check_enough(parts, encoded)
             packed = {part: self.pack(engine, part, encoded, rows) for part in parts}
             manifests = {part: self.write_shards(engine, part, *packed[part][:2], rows) for part in parts}
         counts = count_sources(self.plan.units, encoded, len(self.config.inputs))
@@ -107,7 +108,7 @@ class Run:
     def prepare_tokenizer(self) -> Vocabulary:
         """Puts tokenizer.json into the output, trained if need be."""
         config, content = self.config, self.plan.tokenizer
-        if TOKENIZER in self.output.names():
+        if content is None and TOKENIZER in self.output.names():
             content = self.output.read(TOKENIZER)
         else:
             if content is None:
@@ -180,6 +181,29 @@ class Run:
         ]  # fmt: skip
         return self.run(engine, "tokenize", tasks, lambda task: task.unit.bytes, watch)
 
+    def check_enough(self, parts: Sequence[str], encoded: Sequence[dict]) -> None:
+        """ValueError: the training part fills no sequence. A held-out part that does not is said, and empty."""
+        config, length = self.config, self.config.seq_len + 1
+        for part in parts:
+            documents, tokens = (
+                sum(r["counts"].get(f"{part}_{k}", 0) for r in encoded) for k in ("documents", "tokens")
+            )
+            if documents if config.packing == "best-fit" else tokens >= length:
+                continue
+            short = (
+                f"{documents:,} documents of {tokens:,} tokens, which does not fill one sequence of {length:,} ids "
+                f"(--seq-len {config.seq_len})"
+            )
+            if part == "train":
+                raise ValueError(
+                    f"the training part has {short}, with --held-out-share {config.held_out_share} and the given "
+                    f"--sampling-rates: give more text or a smaller --seq-len, and another --output"
+                )
+            self.progress.say(
+                f"warning: the held-out part (--held-out-share {config.held_out_share}) has {short}: "
+                f"{self.output.locate(HELD_OUT)} gets an empty manifest; a larger share or more text helps"
+            )
+
     def pack(
         self, engine: Engine, part: str, encoded: Sequence[dict], rows: Rows
     ) -> tuple[list[str], list[dict], int]:
@@ -211,15 +235,11 @@ class Run:
     def write_shards(
         self, engine: Engine, part: str, names: Sequence[str], packed: Sequence[dict], rows: Rows
     ) -> list[dict]:
-        """The shards' lines of the manifest. ValueError: the text does not fill one sequence."""
+        """The shards' lines of the manifest. None where the text fills no sequence."""
         output = Folder(posixpath.join(self.output.url, folder_of(part)))
         output.make()
         counts = [result["rows"] for result in packed]
         total, size = sum(counts), self.config.sequences_per_shard
-        if not total:
-            raise ValueError(
-                f"{part}: the text does not fill one sequence of {rows.length:,} ids; give it more"
-            )
         tasks, before = [], share_out(counts, 0)
         for number, start in enumerate(range(0, total, size)):
             after = share_out(counts, min(start + size, total))

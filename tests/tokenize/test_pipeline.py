@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from open_lm.data.manifest import read_manifest
 from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.lock import locked
 from open_lm.tokenize.pipeline import Run, tokenize
+from open_lm.tokenize.progress import Progress
 from open_lm.tokenize.settings import TokenizeConfig
 from tests.tokenize.conftest import TEXTS, digests, read_rows, write_lines
 
@@ -252,6 +255,78 @@ def test_what_a_run_writes_is_no_input(inputs, tmp_path, tokenizer, monkeypatch)
     write_lines(tmp_path / "new/a.jsonl", TEXTS)
     with pytest.raises(FileNotFoundError, match="1 files of --output or --work do not count"):
         tokenize(config(tmp_path / "new", tmp_path / "new", tokenizer))
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__(1000, is_terminal=False)
+        self.lines: list[str] = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("packing", ["join", "best-fit"])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_a_held_out_part_without_a_sequence_is_empty_and_said(tmp_path, tokenizer, packing, texts):
+    write_lines(tmp_path / "a.jsonl", texts)
+    made = config(
+        tmp_path / "a.jsonl", tmp_path / "out", tokenizer, held_out_share=1e-9, packing=packing, seq_len=8
+    )
+    told = Told()
+    parts = tokenize(made, told)
+    (said,) = [line for line in told.lines if "warning" in line]
+    assert "--held-out-share 1e-09) has 0 documents of 0 tokens" in said
+    assert "one sequence of 9 ids (--seq-len 8)" in said
+    assert parts["train"]["documents"] == len(texts)
+    assert parts["held_out"]["sequences"] == parts["held_out"]["tokens_in_shards"] == 0
+    with pytest.raises(
+        ValueError, match=r"held_out/manifest\.jsonl: the manifest is empty.*--held-out-share"
+    ):
+        read_manifest(f"{tmp_path}/out/held_out/manifest.jsonl")
+    assert tokenize(made, told) == parts
+    assert "nothing to do" in told.lines[-1]
+
+
+def test_a_small_held_out_part_is_counted_as_dropped(inputs, tmp_path, tokenizer):
+    told = Told()
+    parts = tokenize(config(inputs, tmp_path / "out", tokenizer, held_out_share=0.02, seq_len=500), told)
+    assert any("held-out part" in line for line in told.lines)
+    assert parts["held_out"]["tokens"] == parts["held_out"]["tokens_dropped"] > 0
+
+
+def test_a_training_part_without_a_sequence_is_said_before_packing(inputs, tmp_path, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"training part has 0 documents of 0 tokens.*33 ids \(--seq-len 32\)"
+    ):
+        tokenize(config(inputs, tmp_path / "out", tokenizer, held_out_share=1 - 1e-12))
+    assert not [name for name in digests(tmp_path / "out/work") if name.startswith("pack")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda out: (out / "shard_00000001.tar").unlink(), "shard_00000001.tar is missing"),
+        (lambda out: os.truncate(out / "shard_00000000.tar", 99), "shard_00000000.tar has 99 bytes, its manifest"),
+        (lambda out: (out / "info.json").unlink(), "info.json is missing"),
+        (lambda out: (out / "held_out/info.json").write_text("{"), "held_out/info.json is damaged"),
+        (lambda out: (out / "held_out/manifest.jsonl").unlink(), "held_out/manifest.jsonl is missing"),
+        (lambda out: (out / "tokenizer.json").write_text("{}"), "tokenizer.json is not the one of the plan"),
+        (lambda out: (out / "held_out/tokenizer.json").unlink(), "held_out/tokenizer.json is missing"),
+        (lambda out: shutil.rmtree(out / "held_out"), "held_out/manifest.jsonl is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_output_is_made_again(inputs, tmp_path, tokenizer, damage, said):
+    out, told = tmp_path / "out", Told()
+    made = config(inputs, out, tokenizer, held_out_share=0.1, bucket_megabytes=1.0, unit_megabytes=1.0)
+    tokenize(made)
+    expected = digests(out)
+    damage(out)
+    tokenize(made, told)
+    assert said in told.lines[0]
+    assert digests(out) == expected
 
 
 def test_two_runs_in_one_output(inputs, tmp_path, tokenizer):
