@@ -1,12 +1,15 @@
 """Batches of tokens for one rank: training data in the order of `order.py`, held-out data once through."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from torch.utils.data import Dataset
 
 from open_lm.config import DataConfig
+from open_lm.config.redact import redact
 from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
 from open_lm.data.cache import find_cache
 from open_lm.data.changes import changes_since, describe_source
@@ -17,6 +20,8 @@ from open_lm.data.reader import SequenceReader
 from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import find_source, open_shard
 from open_lm.data.source_order import LANES
+
+logger = logging.getLogger(__name__)
 
 
 class TrainData:
@@ -163,6 +168,14 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     """The sources that the flags name. ValueError unless exactly one of the two flags is given."""
     if config.train_data and config.dataset_manifest:
         raise ValueError("--train-data and --dataset-manifest are both given: give one of them")
+    given = config.dataset_manifest or config.train_data or ()
+    for name, count in Counter(given).items():
+        if count > 1:
+            flag = "--dataset-manifest" if config.dataset_manifest else "--train-data"
+            logger.warning(
+                "%s %s is given %d times: each is a source of its own, with its own weight, and its sequences are used "
+                "that often", flag, redact(name), count,
+            )  # fmt: skip
     if config.dataset_manifest:
         sources = [read_manifest(url, cache.patience) for url in config.dataset_manifest]
         for source in sources:

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import os
 import posixpath
 import re
 from typing import NamedTuple
 
-from open_lm.data.remote import PIPE, Patience, read_bytes
+from open_lm.data.remote import PIPE, Patience, is_local, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
 TEXTS = ("sha256", "data_key")
@@ -55,6 +56,10 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
     fields of Shard, other keys are ignored, the last newline is optional. The tars lie beside the manifest.
     ValueError names the file and the line.
     """
+    if is_local(url) and os.path.isdir(url.removeprefix("file://")):
+        raise IsADirectoryError(
+            f"{url} is a folder: name its manifest, e.g. {posixpath.join(url, 'manifest.jsonl')}"
+        )
     content = read_bytes(url, patience)
     shards: dict[str, Shard] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -65,15 +70,29 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
             raise ValueError(f"{url}:{number}: shard {shard.url} is listed twice")
         shards[shard.url] = shard
     source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest(), content)
-    if not content.strip():
-        raise ValueError(
-            f"{url}: the manifest is empty: where open_lm.tokenize wrote it, the part had too "
-            "little text (info.json beside it counts); leave it out, or tokenize with more text or a larger "
-            "--held-out-share"
-        )
     if source.sequences == 0:
-        raise ValueError(f"{url}: the manifest lists no sequences")
+        raise ValueError(
+            f"{url}: the manifest lists no sequences; where open_lm.tokenize wrote it, the part had too little "
+            "text (info.json beside it counts): leave it out, or tokenize more text or a larger --held-out-share"
+        )
     return source
+
+
+def read_information(manifest: str, patience: Patience | None = None) -> dict:
+    """info.json beside the manifest; empty if there is none (of a command, it is not looked for). ValueError if it
+    is no JSON object."""
+    if manifest.startswith(PIPE):
+        return {}
+    url = locate_beside("info.json", manifest)
+    try:
+        information = json.loads(read_bytes(url, patience))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{url}: not JSON: {error}") from None
+    if not isinstance(information, dict):
+        raise ValueError(f"{url}: not a JSON object")
+    return information
 
 
 def parse_line(line: bytes, manifest: str, place: str) -> Shard:

@@ -6,6 +6,7 @@ them; FSSPEC_S3_ANON=true reads public buckets without keys.
 """
 
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from open_lm.config.redact import redact
 from open_lm.data.cache import Cache, make_private_folder, open_or_write
+from open_lm.data.patterns import expand
 from open_lm.data.retry import LastingError, Patience, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
@@ -63,10 +65,42 @@ def read_bytes(url: str, patience: Patience | None = None) -> bytes:
 
 
 def open_local(url: str) -> int:
+    path = url.removeprefix("file://")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{url} is a folder, a file is needed")
     try:
-        return os.open(url.removeprefix("file://"), os.O_RDONLY)
+        return os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise FileNotFoundError(f"{url}: no such file") from None
+
+
+def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:
+    """Local paths or URLs of a pattern: `::` and braces, then *, ? and [] where no file has that very name.
+
+    FileNotFoundError where one matches nothing; a name without * is not looked up.
+    """
+    found: list[str] = []
+    for url in expand(pattern):
+        path = url.removeprefix("file://")
+        if url.startswith(PIPE) or not glob.has_magic(path) or (is_local(url) and os.path.exists(path)):
+            found.append(url)
+            continue
+        matching = sorted(glob.glob(path, recursive=True) if is_local(url) else list_remote(url, patience))
+        if not matching:
+            raise FileNotFoundError(f"{redact(url)}: nothing matches")
+        found += matching
+    return found
+
+
+def list_remote(pattern: str, patience: Patience | None) -> list[str]:
+    patience = patience or Patience()
+
+    def find() -> list[str]:
+        file_system, path = find_file_system(pattern, patience)
+        file_system.invalidate_cache()
+        return [file_system.unstrip_protocol(name) for name in file_system.glob(path)]
+
+    return retry(pattern, "listing it", find, patience)
 
 
 def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: str | None = None) -> int:

@@ -57,6 +57,8 @@ class Folder:
             try:
                 (self.path / partial).write_bytes(data)
                 os.replace(self.path / partial, self.path / name)
+            except OSError as error:  # of a full disk the system does not say which file met it
+                raise OSError(error.errno, error.strerror, str(self.path / name)) from None
             finally:
                 (self.path / partial).unlink(missing_ok=True)
             return

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from open_lm.data.patterns import expand
 from open_lm.data.remote import find_file_system, is_local
 from open_lm.data.retry import Patience, retry
-from open_lm.tokenize.places import is_inside
+from open_lm.tokenize.places import is_inside, normalize
 
 COMPRESSIONS = ("gz", "zst")
 FORMATS = {
@@ -77,6 +77,22 @@ def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[s
                 raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")
             found[url] = (size, version)
     return [File(source, number, url, *found[url]) for number, url in enumerate(found)]
+
+
+def find_repeats(entries: Sequence[str], files: Sequence[File]) -> list[str]:
+    """What is in --inputs more than once, a line for each pair of entries: its documents come that often."""
+    first: dict[str, File] = {}
+    shared: dict[tuple[int, int], list[str]] = {}
+    for file in files:
+        before = first.setdefault(normalize(file.url), file)
+        if before is not file:
+            shared.setdefault((before.source, file.source), []).append(file.url)
+    return [
+        f"--inputs: {urls[0]}{f' and {len(urls) - 1:,} more files' if urls[1:] else ''} of entry {b} ({entries[b]}) "
+        f"{'are' if urls[1:] else 'is'} also {'named otherwise there' if a == b else f'in entry {a} ({entries[a]})'}: "
+        "every document of it is used twice"
+        for (a, b), urls in shared.items()
+    ]
 
 
 def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:

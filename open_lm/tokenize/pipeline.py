@@ -7,17 +7,20 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from open_lm.data.cache import FULL
 from open_lm.tokenize.complete import BAD, HELD_OUT, INFO, MANIFEST, find_damages, folder_of
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
 from open_lm.tokenize.folder import Folder
+from open_lm.tokenize.inputs import find_repeats
 from open_lm.tokenize.lock import locked
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
 from open_lm.tokenize.ownership import remove_partials, remove_work
 from open_lm.tokenize.packing import share_out
+from open_lm.tokenize.places import is_inside
 from open_lm.tokenize.plan import SHOWN, Plan, claim, make_plan
 from open_lm.tokenize.progress import Progress
-from open_lm.tokenize.readers import How
+from open_lm.tokenize.readers import How, count_lines, name_place
 from open_lm.tokenize.reducing import Pack, Rows, Tails, WriteShard
 from open_lm.tokenize.settings import TokenizeConfig
 from open_lm.tokenize.split import PARTS
@@ -47,6 +50,8 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
         if config.work is not None:
             stack.enter_context(locked(work, "--work", config.take_over))
         claim(output, plan, "--output")
+        for line in find_repeats(config.inputs, plan.files):
+            progress.say(f"warning: {line}")
         complete = MANIFEST in output.names()
         if complete and (damages := find_damages(output, plan, parts)):
             more = f" and {len(damages) - SHOWN:,} more" if len(damages) > SHOWN else ""
@@ -59,7 +64,12 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
             progress.say(f"{config.output}: complete, by the same plan; nothing to do")
         else:
             claim(work, plan, "--work")
-            Run(config, plan, output, work, progress).write(parts)
+            try:
+                Run(config, plan, output, work, progress).write(parts)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise describe_full(error, config, work) from None
         remove_work(work, plan, remove_folder=config.work is None)
         remove_partials(output)
         return {part: json.loads(output.read(folder_of(part) + INFO)) for part in parts}
@@ -68,6 +78,18 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
 def absolute(url: str) -> str:
     """A local path from the root, as workers elsewhere need it."""
     return url if "://" in url else os.path.abspath(url)
+
+
+def describe_full(error: OSError, config: TokenizeConfig, work: Folder) -> OSError:
+    """The same, with the flag of the folder that is full and the way out."""
+    flag, folder = "--output", config.output
+    if error.filename and is_inside(error.filename, work.url):
+        flag, folder = "--work", config.work or work.url
+    return OSError(
+        f"{error.filename or folder}: {error.strerror}, in {flag} {folder}: make room there; started again with the "
+        "same flags, the run goes on where it was (intermediate files are about as large as the output: --work can be "
+        "on another disk)"
+    )
 
 
 class Run:
@@ -166,9 +188,12 @@ class Run:
             nonlocal bad
             bad += len(result["bad"])
             if bad > (config.max_bad if config.on_bad == "skip" else 0):
+                member, line, problem = result["bad"][-1]
+                before = count_lines(task.unit, config.patience) if line else 0
+                place = name_place(task.unit, member, line, before)
                 raise BadDocument(
-                    f"{task.unit.file.url}: {result['bad'][-1][2]}, the last of {bad:,} bad documents "
-                    f"(--on-bad {config.on_bad}, --max-bad {config.max_bad})"
+                    f"{place}: {problem}, the last of {bad:,} bad documents (--on-bad {config.on_bad}, --max-bad "
+                    f"{config.max_bad})"
                 )
 
         how = How(config.text_key, config.txt_documents, config.patience)

@@ -14,6 +14,7 @@ from open_lm.data.stream import Watched, open_stream
 from open_lm.tokenize.inputs import Kind, Unit, kind_of
 
 CHUNK_BYTES = 2**20
+ARRAY = "write each object on a line of its own (jq -c '.[]' FILE > FILE.jsonl)"
 
 
 class Document(NamedTuple):
@@ -160,7 +161,11 @@ def parse_line(data: bytes, key: str) -> tuple[str | None, str]:
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: {error.reason} at byte {error.start}"
     except (ValueError, RecursionError) as error:
+        if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return None, f"not JSON lines but part of an array: {ARRAY}"
         return None, f"not JSON: {error}"
+    if isinstance(entry, list):
+        return None, f"an array, so no key {key!r} (--text-key): {ARRAY}"
     if not isinstance(entry, dict) or key not in entry:
         return None, f"no key {key!r} (--text-key)"
     return check_text(entry[key], key)
