@@ -13,7 +13,7 @@ from open_lm.config.redact import redact
 from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
 from open_lm.data.cache import find_cache
 from open_lm.data.changes import changes_since, describe_source
-from open_lm.data.manifest import Source, is_manifest, read_manifest
+from open_lm.data.manifest import Source, is_manifest, read_information, read_manifest
 from open_lm.data.masks import NO_MASKS, Masks, find_masks
 from open_lm.data.order import Change, Order, upsample_weights
 from open_lm.data.reader import SequenceReader
@@ -63,6 +63,8 @@ class TrainData:
             return
         cache = cache or find_cache(config)
         self.sources = find_sources(config, cache)
+        for source in self.sources:
+            check_vocabulary(source.name, vocab_size, cache)
         self.reader = SequenceReader(
             self.sources,
             key=config.data_key,
@@ -173,8 +175,8 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
         if count > 1:
             flag = "--dataset-manifest" if config.dataset_manifest else "--train-data"
             logger.warning(
-                "%s %s is given %d times: each is a source of its own, with its own weight, and its sequences are used "
-                "that often", flag, redact(name), count,
+                "%s %s is given %d times: each is a source of its own, with a weight of its own, so its sequences "
+                "are used that often", flag, redact(name), count,
             )  # fmt: skip
     if config.dataset_manifest:
         sources = [read_manifest(url, cache.patience) for url in config.dataset_manifest]
@@ -203,6 +205,23 @@ def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> Non
         open_shard(local[0], key, cache, cut_short=cut_short).close()
 
 
+def check_vocabulary(manifest: str, vocab_size: int, cache: Cache) -> None:
+    """ValueError if info.json beside a manifest tells of a larger vocabulary than the model's. What it does not
+    tell is met when the samples are read."""
+    if not is_manifest(manifest):
+        return
+    try:
+        said = read_information(manifest, cache.patience).get("vocab_size")
+    except (ValueError, OSError) as error:  # it is not needed, and a server may hide what is not there
+        logger.debug("no vocabulary size for %s: %s", redact(manifest), error)
+        return
+    if isinstance(said, int) and said > vocab_size:
+        raise ValueError(
+            f"{manifest}: its tokens are of a vocabulary of {said:,} ids (info.json beside it), the model's has "
+            f"{vocab_size:,}: take a --model with vocab_size {said} or more, or tokenize with the model's tokenizer"
+        )
+
+
 class ValData:
     """One --val-data entry (a manifest or a pattern of tars), each sequence once, in stored order.
 
@@ -227,6 +246,7 @@ class ValData:
         source = find_source(entry, key, cache, limit)
         if is_manifest(entry):
             check_shards(source, key, cache, ignore_parse_errors)
+            check_vocabulary(entry, vocab_size, cache)
         self.entry = entry
         self.name = name
         self.workers = workers

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from open_lm.data.patterns import expand
 from open_lm.data.remote import find_file_system, is_local
 from open_lm.data.retry import Patience, retry
+from open_lm.data.stream import open_stream
 from open_lm.tokenize.places import is_inside, normalize
 
 COMPRESSIONS = ("gz", "zst")
@@ -22,6 +23,7 @@ FORMATS = {
     "parquet": "parquet",
     "tar": "tar",
 }
+ARRAY = "write each object on a line of its own (jq -c '.[]' FILE > FILE.jsonl)"
 KNOWN = ".jsonl, .ndjson, .json (JSON lines), .txt, .parquet, .tar, with .gz or .zst where it is not parquet"
 
 
@@ -83,16 +85,18 @@ def find_repeats(entries: Sequence[str], files: Sequence[File]) -> list[str]:
     """What is in --inputs more than once, a line for each pair of entries: its documents come that often."""
     first: dict[str, File] = {}
     shared: dict[tuple[int, int], list[str]] = {}
+    place = functools.cache(normalize)
     for file in files:
-        before = first.setdefault(normalize(file.url), file)
+        folder, name = posixpath.split(file.url)
+        before = first.setdefault(f"{place(folder)}/{name}", file)
         if before is not file:
             shared.setdefault((before.source, file.source), []).append(file.url)
-    return [
-        f"--inputs: {urls[0]}{f' and {len(urls) - 1:,} more files' if urls[1:] else ''} of entry {b} ({entries[b]}) "
-        f"{'are' if urls[1:] else 'is'} also {'named otherwise there' if a == b else f'in entry {a} ({entries[a]})'}: "
-        "every document of it is used twice"
-        for (a, b), urls in shared.items()
-    ]
+    lines = []
+    for (a, b), urls in shared.items():
+        which = f"{urls[0]} and {len(urls) - 1:,} more files" if urls[1:] else urls[0]
+        where = f"in {entries[a]} and in {entries[b]}" if a != b else f"under two names in {entries[a]}"
+        lines.append(f"--inputs: {which}: {where}, so every document of it is used twice")
+    return lines
 
 
 def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
@@ -142,11 +146,16 @@ def in_folder(path: str) -> bool:
 
 
 def divide(file: File, unit_bytes: int, patience: Patience) -> list[Unit]:
-    """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle."""
+    """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle. ValueError: a .json
+    that is one array, or no parquet."""
     kind = kind_of(file.url)
     assert kind is not None
     if kind.format == "parquet":
         return divide_parquet(file, patience)
+    if file.url.lower().endswith(".json"):  # of a divided array, the first line read could be anywhere
+        with open_stream(file.url, patience) as stream:
+            if stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                raise ValueError(f"--inputs {file.url}: not JSON lines but an array: {ARRAY}")
     if kind != ("jsonl", "") or file.bytes <= unit_bytes:
         return [Unit(file, 0, None, file.bytes)]
     count = -(-file.bytes // unit_bytes)

@@ -86,9 +86,9 @@ def describe_full(error: OSError, config: TokenizeConfig, work: Folder) -> OSErr
     if error.filename and is_inside(error.filename, work.url):
         flag, folder = "--work", config.work or work.url
     return OSError(
-        f"{error.filename or folder}: {error.strerror}, in {flag} {folder}: make room there; started again with the "
-        "same flags, the run goes on where it was (intermediate files are about as large as the output: --work can be "
-        "on another disk)"
+        f"{error.filename or folder}: {error.strerror}, in {flag} {folder}: make room there; started again with "
+        "the same flags, the run goes on (intermediate files are about as large as the output; --work DIR puts "
+        "them on another disk)"
     )
 
 

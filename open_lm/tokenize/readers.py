@@ -11,10 +11,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from open_lm.data.retry import Patience
 from open_lm.data.stream import Watched, open_stream
-from open_lm.tokenize.inputs import Kind, Unit, kind_of
+from open_lm.tokenize.inputs import ARRAY, Kind, Unit, kind_of
 
 CHUNK_BYTES = 2**20
-ARRAY = "write each object on a line of its own (jq -c '.[]' FILE > FILE.jsonl)"
 
 
 class Document(NamedTuple):

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import os
@@ -283,7 +284,7 @@ def test_a_held_out_part_without_a_sequence_is_empty_and_said(tmp_path, tokenize
     assert parts["train"]["documents"] == len(texts)
     assert parts["held_out"]["sequences"] == parts["held_out"]["tokens_in_shards"] == 0
     with pytest.raises(
-        ValueError, match=r"held_out/manifest\.jsonl: the manifest is empty.*--held-out-share"
+        ValueError, match=r"held_out/manifest\.jsonl: the manifest lists no sequences; .*--held-out-share"
     ):
         read_manifest(f"{tmp_path}/out/held_out/manifest.jsonl")
     assert tokenize(made, told) == parts
@@ -329,6 +330,49 @@ def test_a_damaged_output_is_made_again(inputs, tmp_path, tokenizer, damage, sai
     assert digests(out) == expected
 
 
+def test_an_array_is_said_to_be_one(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
+    with pytest.raises(
+        ValueError, match=r"--inputs .*a\.json: not JSON lines but an array: write each object"
+    ):
+        tokenize(config(tmp_path / "a.json", tmp_path / "out", tokenizer))
+
+
+def test_inputs_that_come_twice_are_named(inputs, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(inputs)
+    made = config(inputs, tmp_path / "out", tokenizer)
+    twice = {"inputs": (str(inputs), "b.jsonl", "a.jsonl::./a.jsonl"), "sampling_rates": (1.0, 1.0, 1.0)}
+    told = Told()
+    (info,) = tokenize(TokenizeConfig(**(vars(made) | twice)), told).values()
+    assert info["documents"] == 200 + 50 + 300
+    warnings = [line for line in told.lines if line.startswith("warning: --inputs: ")]
+    assert len(warnings) == 2
+    assert f"b.jsonl: in {inputs} and in b.jsonl, so every document of it is used twice" in warnings[0]
+    assert f"a.jsonl and 1 more files: in {inputs} and in a.jsonl::./a.jsonl" in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("unit_000000_0000.ids", "work"), ("shard_00000000.tar", "output")]
+)
+def test_a_full_disk_is_said_and_the_run_goes_on(inputs, tmp_path, tokenizer, monkeypatch, name, flag):
+    made = config(inputs, tmp_path / "out", tokenizer, work=str(tmp_path / "work"))
+    write = Path.write_bytes
+
+    def fill(path, data):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        place = tmp_path / ("out" if flag == "output" else "work")
+        with pytest.raises(
+            OSError, match=rf"^{place}/{name}: No space left .*, in --{flag} {place}: .* goes on"
+        ):
+            tokenize(made)
+    assert tokenize(made)["train"]["documents"] == 200
+
+
 def test_two_runs_in_one_output(inputs, tmp_path, tokenizer):
     with locked(Folder(str(tmp_path / "out"))), pytest.raises(ValueError, match="another run is writing"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
@@ -342,7 +386,7 @@ def test_bad_documents(inputs, tmp_path, tokenizer):
     place = f"{inputs}/a.jsonl"
     with pytest.raises(ValueError, match=r"a\.jsonl:1(00|22): no"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
-    with pytest.raises(ValueError, match="--max-bad 1"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:122: no key 'text'.*2 bad documents .*--max-bad 1"):
         tokenize(config(inputs, tmp_path / "out", tokenizer, on_bad="skip", max_bad=1))
     (info,) = tokenize(config(inputs, tmp_path / "out", tokenizer, on_bad="skip")).values()
     bad = [json.loads(line) for line in (tmp_path / "out/bad.jsonl").read_text().splitlines()]

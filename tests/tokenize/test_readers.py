@@ -104,7 +104,15 @@ def test_txt(tmp_path):
         (b'{"text": 3}', "'text' is a int, not a string"),
         (b'{"text": null}', "'text' is a NoneType"),
         (b'{"text": "\\ud800"}', "no Unicode text: surrogates not allowed"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "not JSON lines but part of an array"),
+        (
+            b'[{"text": "x"}, {"text": "y"}]',
+            "an array, so no key 'text' (--text-key): write each object on a line",
+        ),
+        (
+            b'[{"text": "x"},',
+            "not JSON lines but part of an array: write each object on a line of its own (jq -c",
+        ),
     ],
 )
 def test_bad_lines(tmp_path, line, problem):
