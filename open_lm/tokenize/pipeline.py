@@ -41,8 +41,8 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
     ValueError: flags, inputs or documents (BadDocument); FileNotFoundError and OSError name what cannot be read.
     """
     plan = make_plan(config)
-    output = Folder(absolute(config.output))
-    work = Folder(absolute(config.work) if config.work else output.locate("work"))
+    output = Folder(absolute(config.output), config.patience)
+    work = Folder(absolute(config.work) if config.work else output.locate("work"), config.patience)
     parts = [part for part, buckets in zip(PARTS, plan.split.buckets, strict=True) if buckets]
     with ExitStack() as stack:
         progress = progress or stack.enter_context(Progress(config.progress_seconds))
@@ -106,7 +106,14 @@ class Run:
         """Everything; the manifest last."""
         vocabulary = self.prepare_tokenizer()
         length = self.config.seq_len + 1
-        rows = Rows(length, vocabulary.dtype, self.config.packing, vocabulary.pad, self.config.seed)
+        rows = Rows(
+            length,
+            vocabulary.dtype,
+            self.config.packing,
+            vocabulary.pad,
+            self.config.seed,
+            self.config.patience,
+        )
         with open_engine(self.config.engine, self.config.processes, self.config.ray_address) as engine:
             encoded = self.encode(engine, vocabulary)
             self.check_enough(parts, encoded)
@@ -261,7 +268,7 @@ class Run:
         self, engine: Engine, part: str, names: Sequence[str], packed: Sequence[dict], rows: Rows
     ) -> list[dict]:
         """The shards' lines of the manifest. None where the text fills no sequence."""
-        output = Folder(posixpath.join(self.output.url, folder_of(part)))
+        output = Folder(posixpath.join(self.output.url, folder_of(part)), self.config.patience)
         output.make()
         counts = [result["rows"] for result in packed]
         total, size = sum(counts), self.config.sequences_per_shard

@@ -99,18 +99,18 @@ class TokenizeConfig:
     """Input shuffled at a time: memory of a process is a few times as much."""
 
     data_retries: int = 6
-    """How often a read of remote input is tried again, with waits of 1, 2, 4 … seconds, when the server throttles,
-    fails or resets. Then the run ends, and goes on when started again."""
+    """How often a read or write of a remote file is tried again, with waits of 1, 2, 4 … seconds, when the server
+    throttles, fails or resets. Then the run ends, and goes on when started again."""
 
     data_timeout: float = 30.0
-    """Seconds that a connection to remote input may say nothing."""
+    """Seconds that a connection to a remote file may say nothing."""
 
     progress_seconds: float = 10.0
     """Between two lines of progress where the output is no terminal."""
 
     @property
     def patience(self) -> Patience:
-        """With remote input."""
+        """With remote files."""
         return Patience(self.data_retries, self.data_timeout)
 
 

@@ -72,10 +72,10 @@ def parse(content: bytes, name: str) -> "Tokenizer":
 
 
 @lru_cache(2)
-def open_tokenizer(output: str) -> "Tokenizer":
+def open_tokenizer(output: str, patience: Patience) -> "Tokenizer":
     """The tokenizer of an output folder, once per process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-    return parse(open_folder(output).read(TOKENIZER), output)
+    return parse(open_folder(output, patience).read(TOKENIZER), output)
 
 
 def find_token(tokenizer: "Tokenizer", token: str, flag: str) -> int:

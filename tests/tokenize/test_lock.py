@@ -6,7 +6,7 @@ import boto3
 import pytest
 
 from open_lm.tokenize import lock
-from open_lm.tokenize.folder import Folder, open_folder
+from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.lock import OWNER, describe_process, find_start, is_dead, locked
 from open_lm.tokenize.pipeline import tokenize
 from tests.tokenize.conftest import TEXTS, digests, write_lines
@@ -20,7 +20,6 @@ def inputs(tmp_path):
 
 @pytest.fixture(autouse=True)
 def settle(monkeypatch):
-    open_folder.cache_clear()  # every test has a server of its own
     monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
 
 

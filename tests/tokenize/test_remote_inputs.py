@@ -1,6 +1,7 @@
 """Inputs behind a server that fails now and then: the same bytes, or an error that names the file."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import tarfile
@@ -9,6 +10,8 @@ import pytest
 
 from open_lm.data import stream
 from open_lm.data.retry import Patience
+from open_lm.tokenize import lock
+from open_lm.tokenize.folder import Folder
 from open_lm.tokenize.pipeline import tokenize
 from tests.tokenize.conftest import TEXTS, digests, write_lines
 from tests.tokenize.test_pipeline import config
@@ -19,6 +22,7 @@ PART_BYTES = 2000
 @pytest.fixture
 def server(faults, bucket, tmp_path, monkeypatch):
     """The proxy before a bucket of the same documents in four formats, which are read in parts."""
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.01)
     monkeypatch.setattr(stream, "READ_BYTES", PART_BYTES)
     monkeypatch.setattr(Patience, "wait_seconds", lambda patience, retry: 0.001)
     there = tmp_path / "there"
@@ -95,6 +99,21 @@ def test_the_listing_and_the_tokenizer_are_tried_again(server, bucket, tmp_path,
     server.add("tokenizer.json", "truncate")
     tokenize(config("s3://bucket/*.gz", tmp_path / "out", "s3://bucket/tokenizer.json"))
     assert json.loads((tmp_path / "out/info.json").read_text())["documents"] == 200
+
+
+def test_faults_of_output_and_work_that_pass_change_nothing(server, tmp_path, tokenizer):
+    expected = digest(server.there / "a.jsonl", tmp_path, tokenizer, "local")
+    for ending in (".ids", ".rows", ".json", ".tar", "manifest.jsonl"):
+        server.add(ending, "503", "reset", "", "refuse", method="PUT")
+    server.add("bucket", "503", "", "truncate")
+    for ending in (".rows", ".ids"):
+        server.add(ending, "truncate", "short", "503", "429", "500", "reset")
+    made = config(server.there / "a.jsonl", "s3://bucket/out", tokenizer, unit_megabytes=1.0, data_retries=7)
+    tokenize(made)
+    folder = Folder("s3://bucket/out")
+    found = {name: hashlib.sha256(folder.read(name)).hexdigest() for name in folder.names()}
+    assert found.items() >= expected.items()
+    assert "work/plan.json" not in found
 
 
 def test_a_server_without_sizes_is_read_whole(server, tmp_path, tokenizer, monkeypatch):
