@@ -73,7 +73,7 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
     if source.sequences == 0:
         raise ValueError(
             f"{url}: the manifest lists no sequences; where open_lm.tokenize wrote it, the part had too little "
-            "text (info.json beside it counts): leave it out, or tokenize more text or a larger --held-out-share"
+            "text (info.json beside it counts): leave it out, or tokenize with more text or share held out"
         )
     return source
 

@@ -71,9 +71,13 @@ def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[s
     for pattern in expand(entry):
         every = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
         listed = [file for file in every if not is_ours(posixpath.dirname(file[0]))]
+        if every and not listed:
+            raise FileNotFoundError(
+                f"--inputs {pattern}: all that is there ({len(every):,} files) lies in --output or --work, and "
+                "what a run writes is no input: name other folders for those"
+            )
         if not listed:
-            own = f"; {len(every):,} files of --output or --work do not count" if every else ""
-            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN}{own})")
+            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
         for url, size, version in listed:
             if kind_of(url) is None:
                 raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")

@@ -44,6 +44,7 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
     output = Folder(absolute(config.output), config.patience)
     work = Folder(absolute(config.work) if config.work else output.locate("work"), config.patience)
     parts = [part for part, buckets in zip(PARTS, plan.split.buckets, strict=True) if buckets]
+    work_is_new = config.work is None or (work.path is not None and not work.path.exists())
     with ExitStack() as stack:
         progress = progress or stack.enter_context(Progress(config.progress_seconds))
         stack.enter_context(locked(output, "--output", config.take_over))
@@ -70,7 +71,7 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
                 if error.errno not in FULL:
                     raise
                 raise describe_full(error, config, work) from None
-        remove_work(work, plan, remove_folder=config.work is None)
+        remove_work(work, plan, remove_folder=work_is_new)
         remove_partials(output)
         return {part: json.loads(output.read(folder_of(part) + INFO)) for part in parts}
 

@@ -225,6 +225,11 @@ def test_only_what_the_run_made_goes(inputs, tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(Folder, "write", write_beside)
     tokenize(config(inputs, tmp_path / "out", tokenizer, work=str(work)))
     assert set(digests(work)) == {"unit_notes.json", "manifest.jsonl"}
+    for name in ("new", "empty"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        tokenize(config(inputs, tmp_path / f"out_{name}", tokenizer, work=str(tmp_path / name)))
+        assert (tmp_path / name).exists() == (name == "empty"), "a folder that was there stays"
 
 
 @pytest.mark.parametrize(("output", "work"), [("a/out", "a"), ("a", "a"), ("a", "b/../a/"), ("a", "a/held_out"),
@@ -254,7 +259,9 @@ def test_what_a_run_writes_is_no_input(inputs, tmp_path, tokenizer, monkeypatch)
         shutil.rmtree(out)
         shutil.rmtree(work)
     write_lines(tmp_path / "new/a.jsonl", TEXTS)
-    with pytest.raises(FileNotFoundError, match="1 files of --output or --work do not count"):
+    with pytest.raises(
+        FileNotFoundError, match=r"new: all that is there \(1 files\) lies in --output or --work"
+    ):
         tokenize(config(tmp_path / "new", tmp_path / "new", tokenizer))
 
 
@@ -284,7 +291,7 @@ def test_a_held_out_part_without_a_sequence_is_empty_and_said(tmp_path, tokenize
     assert parts["train"]["documents"] == len(texts)
     assert parts["held_out"]["sequences"] == parts["held_out"]["tokens_in_shards"] == 0
     with pytest.raises(
-        ValueError, match=r"held_out/manifest\.jsonl: the manifest lists no sequences; .*--held-out-share"
+        ValueError, match=r"held_out/manifest\.jsonl: the manifest lists no sequences; .* share held out"
     ):
         read_manifest(f"{tmp_path}/out/held_out/manifest.jsonl")
     assert tokenize(made, told) == parts

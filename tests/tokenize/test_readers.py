@@ -1,12 +1,15 @@
+import errno
 import gzip
 import io
 import json
+import random
 import tarfile
 
 import pytest
 import zstandard
 
 from open_lm.data.retry import Patience
+from open_lm.tokenize import readers
 from open_lm.tokenize.inputs import Unit, divide, list_files
 from open_lm.tokenize.readers import How, count_lines, read_unit
 from tests.tokenize.conftest import TEXTS, write_lines
@@ -64,6 +67,34 @@ def test_parquet(tmp_path):
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"b\.parquet: cannot be read as parquet"):
         read(tmp_path / "b.parquet")
+
+
+class Dying(io.FileIO):
+    """A disk that reads no more of the first bytes of a file."""
+
+    def readinto(self, buffer):
+        if self.tell() < 40_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+
+def test_rows_that_the_disk_does_not_give_are_no_bad_documents(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    noise = [random.Random(i).randbytes(1000) for i in range(200)]  # the texts are not near the metadata
+    parquet.write_table(pyarrow.table({"text": TEXTS, "noise": noise}), path)
+    (unit,) = divide(*list_files(str(path), 0, Patience()), 1, Patience())
+    monkeypatch.setattr(readers, "open_stream", lambda url, patience: io.BufferedReader(Dying(url)))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(read_unit(unit, HOW))
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)
+    path.write_bytes(data)
+    monkeypatch.undo()
+    (bad,) = read_unit(unit, HOW)
+    assert "unreadable from here on" in bad.problem
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000, 10**6])
