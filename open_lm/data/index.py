@@ -11,6 +11,7 @@ import json
 import os
 import posixpath
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +21,7 @@ from typing import Annotated
 import tyro
 
 from open_lm.data.manifest import Shard
-from open_lm.data.patterns import expand
-from open_lm.data.remote import Cache, find_file_system, is_local, open_file
+from open_lm.data.remote import Cache, find_file_system, is_local, list_matching, open_file
 from open_lm.data.retry import remote_errors
 from open_lm.data.shards import AUTO, check_count, find_layout, index_tar, open_shard
 
@@ -31,7 +31,7 @@ class IndexConfig:
     """Write a manifest of existing tar shards: counts, sizes, sha256, data key."""
 
     tars: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Tars: local paths or URLs, with {00..99} brace ranges."""
+    """Tars: local paths or URLs, with {00..99} brace ranges, * and ?."""
 
     output: str | None = None
     """Manifest to write, a path or a URL. Default: manifest.jsonl beside the first tar."""
@@ -86,12 +86,17 @@ def describe_tars(urls: list[str], key: str, processes: int) -> Iterator[dict]:
 
 def write_manifest(config: IndexConfig) -> list[dict]:
     """Writes the manifest and returns its lines. ValueError: no tars, a tar that is none, a manifest in the way."""
-    urls = [url for pattern in config.tars for url in expand(pattern)]
+    urls = [url for pattern in config.tars for url in list_matching(pattern)]
     if not urls:
         raise ValueError("no tars: name at least one")
+    for url in urls:
+        if is_local(url) and os.path.isdir(url.removeprefix("file://")):
+            raise ValueError(f"{url} is a folder: name its tars, e.g. '{posixpath.join(url, '*.tar')}'")
     output = config.output or posixpath.join(posixpath.dirname(urls[0]), "manifest.jsonl")
     if not config.overwrite and exists(output):
         raise ValueError(f"{output} exists: --overwrite replaces it, --output names another file")
+    if twice := [url for url, count in Counter(urls).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is named twice")
     lines = []
     for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes), strict=True):
         lines.append({"shard": name_shard(url, output)} | described)

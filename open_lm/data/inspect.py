@@ -6,24 +6,25 @@ prints each source's counts, its share of the mix and a decoded sample; --verify
 every checksum. Exit status 1 if anything is damaged: each damage is one line that names the shard.
 """
 
-import json
 import os
-import posixpath
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
 from open_lm.data.binary import UnreadableSample
 from open_lm.data.index import hash_file
-from open_lm.data.manifest import Shard, Source, read_manifest
+from open_lm.data.manifest import Shard, Source, locate_beside, read_information, read_manifest
 from open_lm.data.order import normalize_weights
-from open_lm.data.remote import read_bytes
+from open_lm.data.remote import list_matching, read_bytes
 from open_lm.data.shards import AUTO, open_shard
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 SHOWN_CHARACTERS = 400
 NAMED_SAMPLES = 3  # damaged samples of a shard that are named; the others are counted
@@ -34,13 +35,14 @@ class InspectConfig:
     """Show what manifests hold and, with --verify, whether all of it is there and readable."""
 
     manifests: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Manifests: local paths or URLs, one per source."""
+    """Manifests: local paths or URLs, with {00..99} brace ranges, * and ?, one per source."""
 
     train_data_mix_weights: tuple[float, ...] | None = None
     """Weights of the sources, as in training."""
 
     tokenizer: str | None = None
-    """tokenizer.json that decodes a sample. Default: the one that info.json beside the manifest names."""
+    """tokenizer.json that decodes a sample, or its folder. Default: the one that info.json beside the manifest
+    names."""
 
     data_key: str = AUTO
     """As in training."""
@@ -113,18 +115,6 @@ def verify_source(source: Source, key: str, vocab_size: int | None, processes: i
         yield from pool.map(verify_shard, source.shards, [key] * count, [vocab_size] * count)
 
 
-def read_information(manifest: str) -> dict:
-    """info.json beside the manifest; empty if there is none. ValueError if it is no JSON object."""
-    url = posixpath.join(posixpath.dirname(manifest), "info.json")
-    try:
-        information = json.loads(read_bytes(url))
-    except FileNotFoundError:
-        return {}
-    if not isinstance(information, dict):
-        raise ValueError(f"{url}: not a JSON object")
-    return information
-
-
 def describe_source(source: Source, share: float) -> str:
     """A source's counts in one line, from its manifest."""
     known = [shard for shard in source.shards if shard.sequence_tokens is not None]
@@ -139,7 +129,22 @@ def describe_source(source: Source, share: float) -> str:
     )
 
 
-def show_sample(source: Source, key: str, tokenizer: bytes | None) -> str:
+def load_tokenizer(url: str) -> "Tokenizer":
+    """ValueError, ImportError or OSError: none."""
+    if os.path.isdir(url):
+        url = os.path.join(url, "tokenizer.json")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError(f"--tokenizer needs tokenizers: {error} (pip install tokenizers)") from error
+    content = read_bytes(url)
+    try:
+        return Tokenizer.from_str(content.decode())
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"--tokenizer {url}: no tokenizer.json: {error}") from None
+
+
+def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:
     """The first sequence of a source: its length, its ids and, with a tokenizer, its text."""
     shard = next(shard for shard in source.shards if shard.num_sequences)
     reader = open_shard(shard, key)
@@ -149,28 +154,25 @@ def show_sample(source: Source, key: str, tokenizer: bytes | None) -> str:
         reader.close()
     shown = f"  first sequence: {len(ids):,} tokens, {' '.join(map(str, ids[:16]))} …"
     if tokenizer is not None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ImportError(f"--tokenizer needs tokenizers: {error} (pip install tokenizers)") from error
-        text = Tokenizer.from_str(tokenizer.decode()).decode(ids, skip_special_tokens=False)
+        text = tokenizer.decode(ids, skip_special_tokens=False)
         shown += f"\n  {text[:SHOWN_CHARACTERS]!r}"
     return shown
 
 
 def inspect(config: InspectConfig) -> list[str]:
     """Prints what the manifests hold; returns the damages. ValueError for weights that do not fit."""
-    weights = normalize_weights(config.train_data_mix_weights, len(config.manifests))
+    manifests = [url for pattern in config.manifests for url in list_matching(pattern)]
+    weights = normalize_weights(config.train_data_mix_weights, len(manifests))
+    given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     damages: list[str] = []
-    for manifest, weight in zip(config.manifests, weights, strict=True):
+    for manifest, weight in zip(manifests, weights, strict=True):
         try:
             source = read_manifest(manifest)
             information = read_information(manifest)
             print(describe_source(source, float(weight)))
             named = information.get("tokenizer")
-            beside = posixpath.join(posixpath.dirname(manifest), named) if named else None
-            url = config.tokenizer or beside
-            print(show_sample(source, config.data_key, read_bytes(url) if url else None))
+            beside = load_tokenizer(locate_beside(named, manifest)) if named and given is None else None
+            print(show_sample(source, config.data_key, given or beside))
         except (ValueError, OSError) as error:
             damages.append(str(error))
             if not config.verify or not isinstance(error, ValueError):

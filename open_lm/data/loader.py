@@ -1,22 +1,27 @@
 """Batches of tokens for one rank: training data in the order of `order.py`, held-out data once through."""
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 from torch.utils.data import Dataset
 
 from open_lm.config import DataConfig
+from open_lm.config.redact import redact
 from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
 from open_lm.data.cache import find_cache
 from open_lm.data.changes import changes_since, describe_source
-from open_lm.data.manifest import Source, read_manifest
+from open_lm.data.manifest import Source, is_manifest, read_information, read_manifest
 from open_lm.data.masks import NO_MASKS, Masks, find_masks
 from open_lm.data.order import Change, Order, upsample_weights
 from open_lm.data.reader import SequenceReader
 from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import find_source, open_shard
 from open_lm.data.source_order import LANES
+
+logger = logging.getLogger(__name__)
 
 
 class TrainData:
@@ -58,6 +63,8 @@ class TrainData:
             return
         cache = cache or find_cache(config)
         self.sources = find_sources(config, cache)
+        for source in self.sources:
+            check_vocabulary(source.name, vocab_size, cache)
         self.reader = SequenceReader(
             self.sources,
             key=config.data_key,
@@ -163,6 +170,14 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     """The sources that the flags name. ValueError unless exactly one of the two flags is given."""
     if config.train_data and config.dataset_manifest:
         raise ValueError("--train-data and --dataset-manifest are both given: give one of them")
+    given = config.dataset_manifest or config.train_data or ()
+    for name, count in Counter(given).items():
+        if count > 1:
+            flag = "--dataset-manifest" if config.dataset_manifest else "--train-data"
+            logger.warning(
+                "%s %s is given %d times: each is a source of its own, with a weight of its own, so its sequences "
+                "are used that often", flag, redact(name), count,
+            )  # fmt: skip
     if config.dataset_manifest:
         sources = [read_manifest(url, cache.patience) for url in config.dataset_manifest]
         for source in sources:
@@ -190,6 +205,23 @@ def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> Non
         open_shard(local[0], key, cache, cut_short=cut_short).close()
 
 
+def check_vocabulary(manifest: str, vocab_size: int, cache: Cache) -> None:
+    """ValueError if info.json beside a manifest tells of a larger vocabulary than the model's. What it does not
+    tell is met when the samples are read."""
+    if not is_manifest(manifest):
+        return
+    try:
+        said = read_information(manifest, cache.patience).get("vocab_size")
+    except (ValueError, OSError) as error:  # it is not needed, and a server may hide what is not there
+        logger.debug("no vocabulary size for %s: %s", redact(manifest), error)
+        return
+    if isinstance(said, int) and said > vocab_size:
+        raise ValueError(
+            f"{manifest}: its tokens are of a vocabulary of {said:,} ids (info.json beside it), the model's has "
+            f"{vocab_size:,}: take a --model with vocab_size {said} or more, or tokenize with the model's tokenizer"
+        )
+
+
 class ValData:
     """One --val-data entry (a manifest or a pattern of tars), each sequence once, in stored order.
 
@@ -212,8 +244,9 @@ class ValData:
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
         source = find_source(entry, key, cache, limit)
-        if entry.endswith(".jsonl"):
+        if is_manifest(entry):
             check_shards(source, key, cache, ignore_parse_errors)
+            check_vocabulary(entry, vocab_size, cache)
         self.entry = entry
         self.name = name
         self.workers = workers

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import os
 import posixpath
+import re
 from typing import NamedTuple
 
-from open_lm.data.remote import Patience, read_bytes
+from open_lm.data.remote import PIPE, Patience, is_local, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
 TEXTS = ("sha256", "data_key")
+# The word of a command that names a manifest.
+PIPED = re.compile(r"""(?P<folder>(?:[^\s'"|;<>]*/)?)[^\s/'"|;<>]+\.jsonl(?=$|[\s'"|;<>])""")
 COUNT_KEYS = ("num_sequences", "num_chunks")  # the second is open_lm's old name
 
 
@@ -46,12 +50,16 @@ class Source(NamedTuple):
 
 
 def read_manifest(url: str, patience: Patience | None = None) -> Source:
-    """The source that a local or remote manifest lists; sha256 is that of the manifest's bytes.
+    """The source that a local, remote or piped manifest lists; sha256 is that of the manifest's bytes.
 
     One JSON object a line: {"shard": "shard_00000000", "num_sequences": N} (old key: num_chunks), the optional
     fields of Shard, other keys are ignored, the last newline is optional. The tars lie beside the manifest.
     ValueError names the file and the line.
     """
+    if is_local(url) and os.path.isdir(url.removeprefix("file://")):
+        raise IsADirectoryError(
+            f"{url} is a folder: name its manifest, e.g. {posixpath.join(url, 'manifest.jsonl')}"
+        )
     content = read_bytes(url, patience)
     shards: dict[str, Shard] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
@@ -63,8 +71,28 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
         shards[shard.url] = shard
     source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest(), content)
     if source.sequences == 0:
-        raise ValueError(f"{url}: the manifest lists no sequences")
+        raise ValueError(
+            f"{url}: the manifest lists no sequences; where open_lm.tokenize wrote it, the part had too little "
+            "text (info.json beside it counts): leave it out, or tokenize with more text or share held out"
+        )
     return source
+
+
+def read_information(manifest: str, patience: Patience | None = None) -> dict:
+    """info.json beside the manifest; empty if there is none (of a command, it is not looked for). ValueError if it
+    is no JSON object."""
+    if manifest.startswith(PIPE):
+        return {}
+    url = locate_beside("info.json", manifest)
+    try:
+        information = json.loads(read_bytes(url, patience))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{url}: not JSON: {error}") from None
+    if not isinstance(information, dict):
+        raise ValueError(f"{url}: not a JSON object")
+    return information
 
 
 def parse_line(line: bytes, manifest: str, place: str) -> Shard:
@@ -89,4 +117,30 @@ def parse_line(line: bytes, manifest: str, place: str) -> Shard:
 def locate_shard(name: str, manifest: str) -> str:
     """URL of a shard that the manifest names: beside it, unless the name is a URL or an absolute path."""
     name = name if name.endswith(".tar") else f"{name}.tar"
-    return name if "://" in name else posixpath.join(posixpath.dirname(manifest), name)
+    return name if "://" in name else locate_beside(name, manifest)
+
+
+def is_manifest(entry: str) -> bool:
+    """Whether a path, URL or command gives a manifest: it ends in .jsonl, a command names a file that does."""
+    return bool(PIPED.search(entry)) if entry.startswith(PIPE) else entry.endswith(".jsonl")
+
+
+def locate_beside(name: str, manifest: str) -> str:
+    """URL of a file in the manifest's folder: of `pipe:cat F/manifest.jsonl`, `pipe:cat F/NAME`.
+
+    ValueError: a command that names no .jsonl file, or a name that a shell would take for more than a name.
+    """
+    if not manifest.startswith(PIPE):
+        return posixpath.join(posixpath.dirname(manifest), name)
+    if name.startswith("/"):
+        return name
+    found = list(PIPED.finditer(manifest))
+    if not found:
+        raise ValueError(
+            f"{manifest}: the command names no .jsonl file, so where its shard {name} lies is unknown: give the "
+            "manifest itself"
+        )
+    if not re.fullmatch(r"(?!-)[\w./+=:@%,-]+", name):
+        raise ValueError(f"{manifest}: {name!r} cannot stand in a command: rename the shard")
+    word = found[-1]
+    return manifest[: word.start()] + word["folder"] + name + manifest[word.end() :]

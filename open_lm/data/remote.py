@@ -6,6 +6,7 @@ them; FSSPEC_S3_ANON=true reads public buckets without keys.
 """
 
 import functools
+import glob
 import hashlib
 import logging
 import os
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 from open_lm.config.redact import redact
 from open_lm.data.cache import Cache, make_private_folder, open_or_write
+from open_lm.data.patterns import expand
 from open_lm.data.retry import LastingError, Patience, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
@@ -43,24 +45,62 @@ def is_local(url: str) -> bool:
 
 
 def read_bytes(url: str, patience: Patience | None = None) -> bytes:
-    """The whole content of a small local or remote file. FileNotFoundError or OSError name the URL."""
+    """The whole content of a small local or remote file, or what a command prints. FileNotFoundError or OSError
+    name the URL."""
     if is_local(url):
         with os.fdopen(open_local(url), "rb") as file:
             return file.read()
+    patience = patience or Patience()
 
     def read() -> bytes:
+        if url.startswith(PIPE):
+            with tempfile.TemporaryFile() as file:
+                run_command(url, file, patience)
+                file.seek(0)
+                return file.read()
         file_system, path = find_file_system(url, patience)
         return file_system.cat_file(path)
 
-    patience = patience or Patience()
-    return retry(url, "reading it", read, patience)
+    return retry(url, "the command" if url.startswith(PIPE) else "reading it", read, patience)
 
 
 def open_local(url: str) -> int:
+    path = url.removeprefix("file://")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{url} is a folder, a file is needed")
     try:
-        return os.open(url.removeprefix("file://"), os.O_RDONLY)
+        return os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         raise FileNotFoundError(f"{url}: no such file") from None
+
+
+def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:
+    """Local paths or URLs of a pattern: `::` and braces, then *, ? and [] where no file has that very name.
+
+    FileNotFoundError where one matches nothing; a name without * is not looked up.
+    """
+    found: list[str] = []
+    for url in expand(pattern):
+        path = url.removeprefix("file://")
+        if url.startswith(PIPE) or not glob.has_magic(path) or (is_local(url) and os.path.exists(path)):
+            found.append(url)
+            continue
+        matching = sorted(glob.glob(path, recursive=True) if is_local(url) else list_remote(url, patience))
+        if not matching:
+            raise FileNotFoundError(f"{redact(url)}: nothing matches")
+        found += matching
+    return found
+
+
+def list_remote(pattern: str, patience: Patience | None) -> list[str]:
+    patience = patience or Patience()
+
+    def find() -> list[str]:
+        file_system, path = find_file_system(pattern, patience)
+        file_system.invalidate_cache()
+        return [file_system.unstrip_protocol(name) for name in file_system.glob(path)]
+
+    return retry(pattern, "listing it", find, patience)
 
 
 def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: str | None = None) -> int:

@@ -26,7 +26,7 @@ from open_lm.data.binary import (
     found_layout,
     promised_layout,
 )
-from open_lm.data.manifest import Shard, Source, read_manifest
+from open_lm.data.manifest import Shard, Source, is_manifest, read_manifest
 from open_lm.data.patterns import expand
 from open_lm.data.remote import Cache, open_file
 
@@ -291,7 +291,7 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
 
     The tars are opened to count their sequences, up to `max_sequences`. ValueError if there are none.
     """
-    if entry.endswith(".jsonl"):
+    if is_manifest(entry):
         return read_manifest(entry, cache.patience)
     started = time.monotonic()
     shards, total = [], 0

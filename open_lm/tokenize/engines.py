@@ -30,7 +30,7 @@ def run_task(task: Any) -> dict:
     """Runs a task and records its result."""
     result = FUNCTIONS[type(task)](task)
     text = json.dumps(result)
-    open_folder(task.work).write(f"{task.name}.json", text.encode())
+    open_folder(task.work, task.patience).write(f"{task.name}.json", text.encode())
     return json.loads(text)  # the same from here as from the file
 
 

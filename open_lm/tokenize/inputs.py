@@ -1,15 +1,18 @@
 """--inputs to files, and files to units of work."""
 
+import functools
 import glob
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from open_lm.data.patterns import expand
 from open_lm.data.remote import find_file_system, is_local
-from open_lm.data.retry import remote_errors
+from open_lm.data.retry import Patience, retry
+from open_lm.data.stream import open_stream
+from open_lm.tokenize.places import is_inside, normalize
 
 COMPRESSIONS = ("gz", "zst")
 FORMATS = {
@@ -20,6 +23,7 @@ FORMATS = {
     "parquet": "parquet",
     "tar": "tar",
 }
+ARRAY = "write each object on a line of its own (jq -c '.[]' FILE > FILE.jsonl)"
 KNOWN = ".jsonl, .ndjson, .json (JSON lines), .txt, .parquet, .tar, with .gz or .zst where it is not parquet"
 
 
@@ -59,11 +63,19 @@ def kind_of(name: str) -> Kind | None:
     return Kind(format, compression)
 
 
-def list_files(entry: str, source: int) -> list[File]:
-    """The files of one --inputs entry, in a fixed order. ValueError or FileNotFoundError names what gives none."""
+def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[str] = ()) -> list[File]:
+    """The files of one --inputs entry, in a fixed order, without those in `excluded` folders (what a run writes is
+    no input). ValueError or FileNotFoundError names what gives none."""
     found: dict[str, tuple[int, str]] = {}
+    is_ours = functools.cache(lambda folder: any(is_inside(folder, ours) for ours in excluded))
     for pattern in expand(entry):
-        listed = list(list_local(pattern) if is_local(pattern) else list_remote(pattern))
+        every = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
+        listed = [file for file in every if not is_ours(posixpath.dirname(file[0]))]
+        if every and not listed:
+            raise FileNotFoundError(
+                f"--inputs {pattern}: all that is there ({len(every):,} files) lies in --output or --work, and "
+                "what a run writes is no input: name other folders for those"
+            )
         if not listed:
             raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
         for url, size, version in listed:
@@ -71,6 +83,24 @@ def list_files(entry: str, source: int) -> list[File]:
                 raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")
             found[url] = (size, version)
     return [File(source, number, url, *found[url]) for number, url in enumerate(found)]
+
+
+def find_repeats(entries: Sequence[str], files: Sequence[File]) -> list[str]:
+    """What is in --inputs more than once, a line for each pair of entries: its documents come that often."""
+    first: dict[str, File] = {}
+    shared: dict[tuple[int, int], list[str]] = {}
+    place = functools.cache(normalize)
+    for file in files:
+        folder, name = posixpath.split(file.url)
+        before = first.setdefault(f"{place(folder)}/{name}", file)
+        if before is not file:
+            shared.setdefault((before.source, file.source), []).append(file.url)
+    lines = []
+    for (a, b), urls in shared.items():
+        which = f"{urls[0]} and {len(urls) - 1:,} more files" if urls[1:] else urls[0]
+        where = f"in {entries[a]} and in {entries[b]}" if a != b else f"under two names in {entries[a]}"
+        lines.append(f"--inputs: {which}: {where}, so every document of it is used twice")
+    return lines
 
 
 def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
@@ -91,15 +121,19 @@ def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
             yield name, stat.st_size, str(stat.st_mtime_ns)
 
 
-def list_remote(pattern: str) -> Iterator[tuple[str, int, str]]:
-    with remote_errors(pattern):
-        file_system, path = find_file_system(pattern)
+def list_remote(pattern: str, patience: Patience) -> Iterator[tuple[str, int, str]]:
+    def find() -> tuple[Any, dict[str, dict]]:
+        file_system, path = find_file_system(pattern, patience)
+        file_system.invalidate_cache()
         if glob.has_magic(path):
-            found = file_system.glob(path, detail=True)
-        elif not pattern.endswith("/") and file_system.isfile(path):
-            found = {path: file_system.info(path)}
-        else:
-            found = {k: v for k, v in file_system.find(path, detail=True).items() if in_folder(k)}
+            return file_system, file_system.glob(path, detail=True)
+        if not pattern.endswith("/") and file_system.isfile(path):
+            return file_system, {path: file_system.info(path)}
+        return file_system, {
+            name: found for name, found in file_system.find(path, detail=True).items() if in_folder(name)
+        }
+
+    file_system, found = retry(pattern, "listing it", find, patience)
     for name, information in sorted(found.items()):
         if information.get("type") != "directory":
             version = next(
@@ -115,12 +149,17 @@ def in_folder(path: str) -> bool:
     return kind is not None and not name.startswith(".") and not name.removesuffix(".gz").endswith(".json")
 
 
-def divide(file: File, unit_bytes: int) -> list[Unit]:
-    """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle."""
+def divide(file: File, unit_bytes: int, patience: Patience) -> list[Unit]:
+    """Units of at most about `unit_bytes`, where the format lets a reader begin in the middle. ValueError: a .json
+    that is one array, or no parquet."""
     kind = kind_of(file.url)
     assert kind is not None
     if kind.format == "parquet":
-        return divide_parquet(file)
+        return divide_parquet(file, patience)
+    if file.url.lower().endswith(".json"):  # of a divided array, the first line read could be anywhere
+        with open_stream(file.url, patience) as stream:
+            if stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+                raise ValueError(f"--inputs {file.url}: not JSON lines but an array: {ARRAY}")
     if kind != ("jsonl", "") or file.bytes <= unit_bytes:
         return [Unit(file, 0, None, file.bytes)]
     count = -(-file.bytes // unit_bytes)
@@ -128,10 +167,10 @@ def divide(file: File, unit_bytes: int) -> list[Unit]:
     return [Unit(file, a, b, b - a) for a, b in pairwise(ends)]
 
 
-def divide_parquet(file: File) -> list[Unit]:
+def divide_parquet(file: File, patience: Patience) -> list[Unit]:
     from open_lm.tokenize.readers import open_parquet
 
-    with open_parquet(file.url) as table:
+    with open_parquet(file.url, patience) as (table, _):
         groups = table.metadata.num_row_groups
         sizes = [table.metadata.row_group(i).total_byte_size for i in range(groups)]
     total = sum(sizes) or 1

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.data.retry import Patience
 from open_lm.tokenize.folder import open_folder
 from open_lm.tokenize.inputs import Unit
 from open_lm.tokenize.readers import How, count_lines, name_place, read_unit
@@ -42,6 +43,11 @@ class Encode:
     dtype: str
     on_bad: str
     max_bad: int
+
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return self.how.patience
 
 
 class BadDocument(ValueError):
@@ -76,7 +82,7 @@ class Pieces:
             self.blocks.setdefault(slot, []).append(Block(name, offset, len(documents), int(lengths.sum())))
             parts += block
             offset += sum(map(len, block))
-        open_folder(self.task.work).write(name, b"".join(parts))
+        open_folder(self.task.work, self.task.patience).write(name, b"".join(parts))
         self.held, self.tokens, self.count = {}, 0, self.count + 1
 
 
@@ -85,7 +91,7 @@ def encode_unit(task: Encode) -> dict:
 
     BadDocument: --on-bad fail, and there is one (or more than --max-bad in this unit alone).
     """
-    tokenizer = open_tokenizer(task.output)
+    tokenizer = open_tokenizer(task.output, task.patience)
     dtype, source, number = np.dtype(task.dtype), task.unit.file.source, task.unit.file.number
     pieces, counts, bad, lines = Pieces(task), Counter(), [], 0
     chosen: list[tuple[str, int, str]] = []  # part, copies, position of each text
@@ -138,7 +144,7 @@ def encode_unit(task: Encode) -> dict:
 def refuse(task: Encode, member: str, line: int, problem: str, before: int) -> None:
     if task.on_bad == "skip" and before < task.max_bad:
         return
-    place = name_place(task.unit, member, line, count_lines(task.unit))
+    place = name_place(task.unit, member, line, count_lines(task.unit, task.how.patience))
     advice = "--on-bad skip passes over such documents"
     if task.on_bad == "skip":
         advice = f"more than --max-bad {task.max_bad} are bad"

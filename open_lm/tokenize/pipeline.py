@@ -1,21 +1,26 @@
 """The whole: plan → tokenizer → units → buckets → shards → manifest, each step only where it is not done yet."""
 
-import fcntl
 import json
 import os
 import posixpath
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
+from open_lm.data.cache import FULL
+from open_lm.tokenize.complete import BAD, HELD_OUT, INFO, MANIFEST, find_damages, folder_of
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
-from open_lm.tokenize.folder import PARTIAL, Folder
+from open_lm.tokenize.folder import Folder
+from open_lm.tokenize.inputs import find_repeats
+from open_lm.tokenize.lock import locked
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
+from open_lm.tokenize.ownership import remove_partials, remove_work
 from open_lm.tokenize.packing import share_out
-from open_lm.tokenize.plan import Plan, claim, make_plan
+from open_lm.tokenize.places import is_inside
+from open_lm.tokenize.plan import SHOWN, Plan, claim, make_plan
 from open_lm.tokenize.progress import Progress
-from open_lm.tokenize.readers import How
+from open_lm.tokenize.readers import How, count_lines, name_place
 from open_lm.tokenize.reducing import Pack, Rows, Tails, WriteShard
 from open_lm.tokenize.settings import TokenizeConfig
 from open_lm.tokenize.split import PARTS
@@ -29,11 +34,6 @@ from open_lm.tokenize.vocabulary import (
     train,
 )
 
-MANIFEST = "manifest.jsonl"
-INFO = "info.json"
-BAD = "bad.jsonl"
-HELD_OUT = "held_out"
-
 
 def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[str, dict]:
     """Writes the output, or what is missing of it; returns info.json of each part.
@@ -41,20 +41,38 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
     ValueError: flags, inputs or documents (BadDocument); FileNotFoundError and OSError name what cannot be read.
     """
     plan = make_plan(config)
-    output = Folder(absolute(config.output))
-    work = Folder(absolute(config.work) if config.work else output.locate("work"))
+    output = Folder(absolute(config.output), config.patience)
+    work = Folder(absolute(config.work) if config.work else output.locate("work"), config.patience)
     parts = [part for part, buckets in zip(PARTS, plan.split.buckets, strict=True) if buckets]
+    work_is_new = config.work is None or (work.path is not None and not work.path.exists())
     with ExitStack() as stack:
         progress = progress or stack.enter_context(Progress(config.progress_seconds))
-        stack.enter_context(locked(output))
+        stack.enter_context(locked(output, "--output", config.take_over))
+        if config.work is not None:
+            stack.enter_context(locked(work, "--work", config.take_over))
         claim(output, plan, "--output")
-        if MANIFEST in output.names():
+        for line in find_repeats(config.inputs, plan.files):
+            progress.say(f"warning: {line}")
+        complete = MANIFEST in output.names()
+        if complete and (damages := find_damages(output, plan, parts)):
+            more = f" and {len(damages) - SHOWN:,} more" if len(damages) > SHOWN else ""
+            progress.say(
+                f"{config.output} was complete and is not: {'; '.join(damages[:SHOWN])}{more}: made again"
+            )
+            output.delete({MANIFEST, TOKENIZER})
+            complete = False
+        if complete:
             progress.say(f"{config.output}: complete, by the same plan; nothing to do")
         else:
             claim(work, plan, "--work")
-            Run(config, plan, output, work, progress).write(parts)
-        work.delete_all()
-        output.delete({name for name in output.names() if name.endswith(PARTIAL)})
+            try:
+                Run(config, plan, output, work, progress).write(parts)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                raise describe_full(error, config, work) from None
+        remove_work(work, plan, remove_folder=work_is_new)
+        remove_partials(output)
         return {part: json.loads(output.read(folder_of(part) + INFO)) for part in parts}
 
 
@@ -63,26 +81,16 @@ def absolute(url: str) -> str:
     return url if "://" in url else os.path.abspath(url)
 
 
-def folder_of(part: str) -> str:
-    return f"{HELD_OUT}/" if part == "held_out" else ""
-
-
-@contextmanager
-def locked(output: Folder) -> Iterator[None]:
-    """Holds a local output for this process (until it dies). ValueError: another run has it."""
-    if output.path is None:
-        yield
-        return
-    output.make()
-    descriptor = os.open(output.path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"--output {output.url}: another run is writing there") from None
-        yield
-    finally:
-        os.close(descriptor)
+def describe_full(error: OSError, config: TokenizeConfig, work: Folder) -> OSError:
+    """The same, with the flag of the folder that is full and the way out."""
+    flag, folder = "--output", config.output
+    if error.filename and is_inside(error.filename, work.url):
+        flag, folder = "--work", config.work or work.url
+    return OSError(
+        f"{error.filename or folder}: {error.strerror}, in {flag} {folder}: make room there; started again with "
+        "the same flags, the run goes on (intermediate files are about as large as the output; --work DIR puts "
+        "them on another disk)"
+    )
 
 
 class Run:
@@ -99,9 +107,17 @@ class Run:
         """Everything; the manifest last."""
         vocabulary = self.prepare_tokenizer()
         length = self.config.seq_len + 1
-        rows = Rows(length, vocabulary.dtype, self.config.packing, vocabulary.pad, self.config.seed)
+        rows = Rows(
+            length,
+            vocabulary.dtype,
+            self.config.packing,
+            vocabulary.pad,
+            self.config.seed,
+            self.config.patience,
+        )
         with open_engine(self.config.engine, self.config.processes, self.config.ray_address) as engine:
             encoded = self.encode(engine, vocabulary)
+            self.check_enough(parts, encoded)
             packed = {part: self.pack(engine, part, encoded, rows) for part in parts}
             manifests = {part: self.write_shards(engine, part, *packed[part][:2], rows) for part in parts}
         counts = count_sources(self.plan.units, encoded, len(self.config.inputs))
@@ -122,14 +138,14 @@ class Run:
     def prepare_tokenizer(self) -> Vocabulary:
         """Puts tokenizer.json into the output, trained if need be."""
         config, content = self.config, self.plan.tokenizer
-        if TOKENIZER in self.output.names():
+        if content is None and TOKENIZER in self.output.names():
             content = self.output.read(TOKENIZER)
         else:
             if content is None:
                 limit_bytes = config.train_tokenizer_megabytes * 1e6
                 assert config.train_tokenizer is not None
                 self.progress.say(f"training a tokenizer of {config.train_tokenizer:,} ids")
-                how = How(config.text_key, config.txt_documents)
+                how = How(config.text_key, config.txt_documents, config.patience)
                 content = train(
                     list(self.plan.units),
                     how,
@@ -180,12 +196,15 @@ class Run:
             nonlocal bad
             bad += len(result["bad"])
             if bad > (config.max_bad if config.on_bad == "skip" else 0):
+                member, line, problem = result["bad"][-1]
+                before = count_lines(task.unit, config.patience) if line else 0
+                place = name_place(task.unit, member, line, before)
                 raise BadDocument(
-                    f"{task.unit.file.url}: {result['bad'][-1][2]}, the last of {bad:,} bad documents "
-                    f"(--on-bad {config.on_bad}, --max-bad {config.max_bad})"
+                    f"{place}: {problem}, the last of {bad:,} bad documents (--on-bad {config.on_bad}, --max-bad "
+                    f"{config.max_bad})"
                 )
 
-        how = How(config.text_key, config.txt_documents)
+        how = How(config.text_key, config.txt_documents, config.patience)
         tasks = [
             Encode(
                 f"unit_{i:06d}", self.work.url, self.output.url, unit, how, self.plan.split,
@@ -194,6 +213,29 @@ class Run:
             for i, unit in enumerate(self.plan.units)
         ]  # fmt: skip
         return self.run(engine, "tokenize", tasks, lambda task: task.unit.bytes, watch)
+
+    def check_enough(self, parts: Sequence[str], encoded: Sequence[dict]) -> None:
+        """ValueError: the training part fills no sequence. A held-out part that does not is said, and empty."""
+        config, length = self.config, self.config.seq_len + 1
+        for part in parts:
+            documents, tokens = (
+                sum(r["counts"].get(f"{part}_{k}", 0) for r in encoded) for k in ("documents", "tokens")
+            )
+            if documents if config.packing == "best-fit" else tokens >= length:
+                continue
+            short = (
+                f"{documents:,} documents of {tokens:,} tokens, which does not fill one sequence of {length:,} ids "
+                f"(--seq-len {config.seq_len})"
+            )
+            if part == "train":
+                raise ValueError(
+                    f"the training part has {short}, with --held-out-share {config.held_out_share} and the given "
+                    f"--sampling-rates: give more text or a smaller --seq-len, and another --output"
+                )
+            self.progress.say(
+                f"warning: the held-out part (--held-out-share {config.held_out_share}) has {short}: "
+                f"{self.output.locate(HELD_OUT)} gets an empty manifest; a larger share or more text helps"
+            )
 
     def pack(
         self, engine: Engine, part: str, encoded: Sequence[dict], rows: Rows
@@ -226,15 +268,11 @@ class Run:
     def write_shards(
         self, engine: Engine, part: str, names: Sequence[str], packed: Sequence[dict], rows: Rows
     ) -> list[dict]:
-        """The shards' lines of the manifest. ValueError: the text does not fill one sequence."""
-        output = Folder(posixpath.join(self.output.url, folder_of(part)))
+        """The shards' lines of the manifest. None where the text fills no sequence."""
+        output = Folder(posixpath.join(self.output.url, folder_of(part)), self.config.patience)
         output.make()
         counts = [result["rows"] for result in packed]
         total, size = sum(counts), self.config.sequences_per_shard
-        if not total:
-            raise ValueError(
-                f"{part}: the text does not fill one sequence of {rows.length:,} ids; give it more"
-            )
         tasks, before = [], share_out(counts, 0)
         for number, start in enumerate(range(0, total, size)):
             after = share_out(counts, min(start + size, total))

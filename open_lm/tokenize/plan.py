@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from open_lm.tokenize.folder import Folder
+from open_lm.tokenize.folder import PARTIAL, Folder
 from open_lm.tokenize.inputs import File, Unit, divide, list_files
+from open_lm.tokenize.lock import OWNER
 from open_lm.tokenize.settings import DECISIVE, TokenizeConfig, check
 from open_lm.tokenize.split import Split
 from open_lm.tokenize.vocabulary import count_ids, find_end_of_text, find_token, load_tokenizer, parse
@@ -35,14 +36,20 @@ def make_plan(config: TokenizeConfig) -> Plan:
     check(config)
     tokenizer = None
     if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+        tokenizer = load_tokenizer(config.tokenizer, config.patience)
         parsed = parse(tokenizer, config.tokenizer)
         find_end_of_text(parsed, config.end_of_text)
         if config.pad_token is not None:
             find_token(parsed, config.pad_token, "--pad-token")
         count_ids(parsed)
-    files = [file for source, entry in enumerate(config.inputs) for file in list_files(entry, source)]
-    units = [unit for file in files for unit in divide(file, int(config.unit_megabytes * 1e6))]
+    ours = [config.output] if config.work is None else [config.output, config.work]
+    files = [
+        file
+        for source, entry in enumerate(config.inputs)
+        for file in list_files(entry, source, config.patience, ours)
+    ]
+    unit_bytes = int(config.unit_megabytes * 1e6)
+    units = [unit for file in files for unit in divide(file, unit_bytes, config.patience)]
     rates = config.sampling_rates or (1.0,) * len(config.inputs)
     sampled = sum(file.bytes * rates[file.source] * expansion(file.url) for file in files)
     buckets = max(1, math.ceil(sampled / (config.bucket_megabytes * 1e6)))
@@ -67,7 +74,7 @@ def expansion(url: str) -> int:
 
 def claim(folder: Folder, plan: Plan, flag: str) -> None:
     """Makes the folder this plan's. ValueError: it holds something else, or another plan, with the differences."""
-    names = folder.names()
+    names = {name for name in folder.names() if not name.endswith(PARTIAL)} - {OWNER}
     if PLAN in names:
         there = json.loads(folder.read(PLAN))
         found = list(find_differences(there, plan.record))
@@ -79,10 +86,18 @@ def claim(folder: Folder, plan: Plan, flag: str) -> None:
                 + more
             )
         return
-    if any(not name.endswith(".partial") for name in names):
+    if names:
         raise ValueError(f"{flag} {folder.url} holds other files (e.g. {min(names)}); name an empty folder")
     folder.make()
     folder.write(PLAN, (json.dumps(plan.record, indent=1) + "\n").encode())
+
+
+def is_claimed(folder: Folder, plan: Plan) -> bool:
+    """Whether the folder is this plan's already."""
+    try:
+        return json.loads(folder.read(PLAN)) == plan.record
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
 
 
 def find_differences(there: Any, here: Any, place: str = "") -> Iterator[str]:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO, NamedTuple
 
-from open_lm.tokenize.folder import open_stream
-from open_lm.tokenize.inputs import Kind, Unit, kind_of
+from open_lm.data.retry import Patience
+from open_lm.data.stream import Watched, open_stream
+from open_lm.tokenize.inputs import ARRAY, Kind, Unit, kind_of
 
 CHUNK_BYTES = 2**20
 
@@ -29,10 +30,11 @@ class Document(NamedTuple):
 
 
 class How(NamedTuple):
-    """What readers are told: the text's key, what is a document in .txt files."""
+    """What readers are told: the text's key, what is a document in .txt files, the patience with remote ones."""
 
     text_key: str
     txt_documents: str
+    patience: Patience = Patience()
 
 
 class Frames(io.RawIOBase):
@@ -91,32 +93,36 @@ def decompress(stream: BinaryIO, compression: str) -> BinaryIO:
 
 
 @contextmanager
-def open_parquet(url: str) -> Iterator[Any]:
-    """pyarrow's ParquetFile. ValueError names a file that is none."""
+def open_parquet(url: str, patience: Patience) -> Iterator[tuple[Any, Watched]]:
+    """pyarrow's ParquetFile and what it reads from. ValueError names a file that is none; OSError: it cannot be
+    read at all."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
         raise ImportError(f"{url}: {error} (pip install pyarrow)") from error
-    with open_stream(url) as stream:
+    with open_stream(url, patience) as stream:
+        watched = Watched(stream)
         try:
-            table = parquet.ParquetFile(stream)
-        except pyarrow.ArrowInvalid as error:
+            table = parquet.ParquetFile(watched)
+        except (pyarrow.ArrowException, OSError) as error:
+            if watched.error is not None:
+                raise watched.error from None
             raise ValueError(f"{url}: cannot be read as parquet: {error}") from None
-        yield table
+        yield table, watched
 
 
 def read_unit(unit: Unit, how: How) -> Iterator[Document]:
     """The documents of a unit in order. What cannot be read is a Document with a problem.
 
-    OSError: the file is gone.
+    OSError: the file is gone, or cannot be read (any more): that is no bad document.
     """
     kind = kind_of(unit.file.url)
     assert kind is not None
     if kind.format == "parquet":
         yield from read_rows(unit, how)
         return
-    with open_stream(unit.file.url) as raw:
+    with open_stream(unit.file.url, how.patience) as raw:
         if unit.start:
             raw.seek(unit.start - 1)
             raw.readline()  # the line that begins before belongs to the unit before
@@ -154,7 +160,11 @@ def parse_line(data: bytes, key: str) -> tuple[str | None, str]:
     except UnicodeDecodeError as error:
         return None, f"not UTF-8: {error.reason} at byte {error.start}"
     except (ValueError, RecursionError) as error:
+        if data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return None, f"not JSON lines but part of an array: {ARRAY}"
         return None, f"not JSON: {error}"
+    if isinstance(entry, list):
+        return None, f"an array, so no key {key!r} (--text-key): {ARRAY}"
     if not isinstance(entry, dict) or key not in entry:
         return None, f"no key {key!r} (--text-key)"
     return check_text(entry[key], key)
@@ -223,7 +233,7 @@ def read_tar(stream: BinaryIO, how: How, member: str, start: int, end: int | Non
 
 def read_rows(unit: Unit, how: How) -> Iterator[Document]:
     """The rows of a parquet file's row groups."""
-    with open_parquet(unit.file.url) as table:
+    with open_parquet(unit.file.url, how.patience) as (table, watched):
         import pyarrow
 
         if how.text_key not in table.schema_arrow.names:
@@ -240,7 +250,9 @@ def read_rows(unit: Unit, how: How) -> Iterator[Document]:
                             text, problem = None, f"not UTF-8: {error.reason} at byte {error.start}"
                         yield Document(f"{group}/{row}", f"row group {group}, row {row}", 0, text, problem)
                         row += 1
-            except (pyarrow.ArrowInvalid, OSError) as error:
+            except (pyarrow.ArrowException, OSError) as error:
+                if watched.error is not None:
+                    raise watched.error from None
                 yield unreadable(f"row group {group}, row {row}", 0, error)
 
 
@@ -254,12 +266,12 @@ def name_place(unit: Unit, document_member: str, line: int, lines_before: int) -
     return ":".join(part for part in parts if part)
 
 
-def count_lines(unit: Unit) -> int:
+def count_lines(unit: Unit, patience: Patience) -> int:
     """Lines of the file before a unit."""
     remaining, count = unit.start, 0
     if not unit.start or kind_of(unit.file.url) != Kind("jsonl", ""):
         return 0
-    with open_stream(unit.file.url) as stream:
+    with open_stream(unit.file.url, patience) as stream:
         while remaining > 0 and (data := stream.read(min(CHUNK_BYTES, remaining))):
             count += data.count(b"\n")
             remaining -= len(data)

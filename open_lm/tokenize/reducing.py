@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from open_lm.data.randomness import permute
+from open_lm.data.retry import Patience
 from open_lm.tokenize.folder import Folder, open_folder
 from open_lm.tokenize.mapping import Block
 from open_lm.tokenize.packing import best_fit, join
@@ -21,13 +22,15 @@ from open_lm.tokenize.shard_writer import pack_tar
 
 
 class Rows(NamedTuple):
-    """What the tasks agree on: ids of a row, type of an id, how documents are packed, the padding, the seed."""
+    """What the tasks agree on: ids of a row, type of an id, how documents are packed, the padding, the seed, the
+    patience with remote files."""
 
     length: int
     dtype: str
     packing: str
     pad: int
     seed: int
+    patience: Patience
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,11 @@ class Pack:
     bucket: int
     blocks: tuple[Block, ...]
 
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return self.rows.patience
+
 
 @dataclass(frozen=True)
 class Tails:
@@ -51,6 +59,11 @@ class Tails:
     rows: Rows
     part: str
     tails: tuple[tuple[str, int, int], ...]
+
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return self.rows.patience
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,11 @@ class WriteShard:
     slices: tuple[tuple[str, int, int], ...]
     format: str
 
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return self.rows.patience
+
 
 def read_block(folder: Folder, block: Block, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Keys, lengths and ids."""
@@ -78,7 +96,7 @@ def read_block(folder: Folder, block: Block, dtype: np.dtype) -> tuple[np.ndarra
 
 def pack_bucket(task: Pack) -> dict:
     """Writes `NAME.rows`. Result: rows, ids left over, ids of padding."""
-    folder, dtype = open_folder(task.work), np.dtype(task.rows.dtype)
+    folder, dtype = open_folder(task.work, task.rows.patience), np.dtype(task.rows.dtype)
     keys, lengths, ids = zip(*(read_block(folder, b, dtype) for b in task.blocks), strict=True)
     ids, lengths = np.concatenate(ids), np.concatenate(lengths)
     ends = np.cumsum(lengths, dtype=np.int64)
@@ -96,7 +114,7 @@ def pack_bucket(task: Pack) -> dict:
 
 def join_tails(task: Tails) -> dict:
     """Writes `NAME.rows` as a bucket of its own. Result as `pack_bucket`: the ids left over are dropped."""
-    folder, dtype = open_folder(task.work), np.dtype(task.rows.dtype)
+    folder, dtype = open_folder(task.work, task.rows.patience), np.dtype(task.rows.dtype)
     tails = [folder.read(name, offset, count * dtype.itemsize) for name, offset, count in task.tails]
     rows_NL, tail = join([np.frombuffer(data, dtype) for data in tails], task.rows.length)
     rows_NL = rows_NL[permute(len(rows_NL), task.rows.seed, "rows", task.part, "tails")]
@@ -106,14 +124,14 @@ def join_tails(task: Tails) -> dict:
 
 def write_shard(task: WriteShard) -> dict:
     """Writes the tar. Result: its line of the manifest."""
-    folder, dtype = open_folder(task.work), np.dtype(task.rows.dtype)
+    folder, dtype = open_folder(task.work, task.rows.patience), np.dtype(task.rows.dtype)
     width = task.rows.length * dtype.itemsize
     data = b"".join(folder.read(name, first * width, count * width) for name, first, count in task.slices)
     rows_NL = np.frombuffer(data, dtype).reshape(-1, task.rows.length)
     rows_NL = rows_NL[permute(len(rows_NL), task.rows.seed, "shard", task.part, task.number)]
     tar, layout = pack_tar(rows_NL, task.number, task.format)
     shard = f"shard_{task.number:08d}"
-    open_folder(task.output).write(f"{shard}.tar", tar)
+    open_folder(task.output, task.rows.patience).write(f"{shard}.tar", tar)
     return {
         "shard": shard,
         "num_sequences": len(rows_NL),

@@ -1,8 +1,12 @@
 """What `python -m open_lm.tokenize` is told: a field is a flag, the text under it its help."""
 
 import os
+import posixpath
 from dataclasses import dataclass
 from typing import Literal
+
+from open_lm.data.retry import Patience
+from open_lm.tokenize.places import is_inside
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,11 @@ class TokenizeConfig:
     Default: one is started here."""
 
     work: str | None = None
-    """Folder or URL for intermediate files, removed at the end. Default: OUTPUT/work."""
+    """Empty or new folder, or URL, for intermediate files, which are removed at the end. Default: OUTPUT/work."""
+
+    take_over: bool = False
+    """Go on in a remote --output or --work whose owner.json names another run: only when that run is dead.
+    (A dead one of this host is noticed.)"""
 
     unit_megabytes: float = 16.0
     """Input to a task, where files can be divided (.jsonl, .parquet). Never changes the result."""
@@ -90,8 +98,20 @@ class TokenizeConfig:
     bucket_megabytes: float = 256.0
     """Input shuffled at a time: memory of a process is a few times as much."""
 
+    data_retries: int = 6
+    """How often a read or write of a remote file is tried again, with waits of 1, 2, 4 … seconds, when the server
+    throttles, fails or resets. Then the run ends, and goes on when started again."""
+
+    data_timeout: float = 30.0
+    """Seconds that a connection to a remote file may say nothing."""
+
     progress_seconds: float = 10.0
     """Between two lines of progress where the output is no terminal."""
+
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return Patience(self.data_retries, self.data_timeout)
 
 
 # Flags that decide the bytes written, or the tasks: a run with others cannot go on in the same output.
@@ -105,11 +125,13 @@ def check(config: TokenizeConfig) -> None:
     """ValueError, naming flag and value, for settings that cannot work."""
     positive = (
         "seq_len sequences_per_shard processes unit_megabytes bucket_megabytes progress_seconds "
-        "train_tokenizer_megabytes"
+        "train_tokenizer_megabytes data_timeout"
     ).split()
     for name in positive:
         if not getattr(config, name) > 0:
             raise ValueError(f"{flag(name)} {getattr(config, name)} must be more than 0")
+    if config.data_retries < 0:
+        raise ValueError(f"--data-retries {config.data_retries} must be 0 or more")
     if not config.inputs or not all(config.inputs):
         raise ValueError("--inputs names nothing")
     if (config.tokenizer is None) == (config.train_tokenizer is None):
@@ -124,6 +146,15 @@ def check(config: TokenizeConfig) -> None:
         raise ValueError(f"--pad-token {config.pad_token} needs --packing best-fit, not {config.packing}")
     if config.ray_address is not None and config.engine != "ray":
         raise ValueError(f"--ray-address {config.ray_address} needs --engine ray, not {config.engine}")
+    if config.work is not None and is_inside(config.output, config.work):
+        raise ValueError(
+            f"--work {config.work} is or holds --output {config.output}: name a folder of its own for --work, or "
+            "leave it out (it is OUTPUT/work then)"
+        )
+    if config.work is not None and is_inside(config.work, posixpath.join(config.output, "held_out")):
+        raise ValueError(f"--work {config.work} is where --output {config.output} writes its held-out part")
+    if not -(2**63) <= config.seed < 2**63:
+        raise ValueError(f"--seed {config.seed} must be from -2^63 to 2^63 - 1")
     rates = config.sampling_rates
     if rates is not None:
         text = " ".join(map(str, rates))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from open_lm.data.randomness import permute
+from open_lm.data.retry import Patience
+from open_lm.data.stream import open_stream
 from open_lm.tokenize.corpus import train_tokenizer
-from open_lm.tokenize.folder import open_folder, open_stream
+from open_lm.tokenize.folder import open_folder
 from open_lm.tokenize.inputs import Unit
 from open_lm.tokenize.readers import How, read_unit
 from open_lm.tokenize.split import Split, choose
@@ -26,14 +28,14 @@ BATCH_DOCUMENTS = 256
 BATCH_BYTES = 2**20
 
 
-def load_tokenizer(name: str) -> bytes:
+def load_tokenizer(name: str, patience: Patience) -> bytes:
     """Content of the tokenizer.json that --tokenizer means: a file, a folder's, or the hub's. ValueError: none."""
     path = Path(name)
     try:
         if path.is_dir() and not (path / TOKENIZER).exists():
             raise ValueError(f"--tokenizer {name}: the folder holds no {TOKENIZER}")
         if path.exists() or "://" in name or name.endswith(".json"):
-            with open_stream(str(path / TOKENIZER) if path.is_dir() else name) as stream:
+            with open_stream(str(path / TOKENIZER) if path.is_dir() else name, patience) as stream:
                 content = stream.read()
         else:
             content = load_from_hub(name)
@@ -70,10 +72,10 @@ def parse(content: bytes, name: str) -> "Tokenizer":
 
 
 @lru_cache(2)
-def open_tokenizer(output: str) -> "Tokenizer":
+def open_tokenizer(output: str, patience: Patience) -> "Tokenizer":
     """The tokenizer of an output folder, once per process."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process is a core
-    return parse(open_folder(output).read(TOKENIZER), output)
+    return parse(open_folder(output, patience).read(TOKENIZER), output)
 
 
 def find_token(tokenizer: "Tokenizer", token: str, flag: str) -> int:

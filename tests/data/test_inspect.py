@@ -137,3 +137,43 @@ def test_every_unreadable_sample_is_counted(write_shard, tmp_path):
     assert "sample a/000001.json.gz cannot be read" in finding.damages[0]
     assert "5 samples cannot be read in all" in finding.damages[3]
     assert "1 samples have not the 3 tokens" in finding.damages[4]
+
+
+def test_a_folder_is_no_manifest_and_no_tar(folder):
+    done = run("inspect", folder)
+    assert done.returncode == 1
+    assert done.stderr == f"{folder} is a folder: name its manifest, e.g. {folder}/manifest.jsonl\n"
+    done = run("index", folder)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"error: {folder} is a folder: name its tars, e.g. '{folder}/*.tar'\n")
+
+
+def test_quoted_globs_are_expanded(folder, tmp_path, capsys):
+    lines = (folder / "manifest.jsonl").read_text()
+    write_manifest(IndexConfig((f"{folder}/sh*_0000000?.tar",), overwrite=True, processes=1))
+    assert (folder / "manifest.jsonl").read_text() == lines
+    shutil.copytree(folder, tmp_path / "b")
+    capsys.readouterr()
+    assert inspect(InspectConfig((f"{tmp_path}/[ab]/m*.jsonl",))) == []
+    assert capsys.readouterr().out.count("60 sequences in 2 shards") == 2
+    with pytest.raises(FileNotFoundError, match=r"none\*: nothing matches"):
+        inspect(InspectConfig((f"{tmp_path}/none*",)))
+    with pytest.raises(ValueError, match=r"shard_00000001\.tar is named twice"):
+        write_manifest(IndexConfig((f"{folder}/*.tar", f"{folder}/shard_00000001.tar"), overwrite=True))
+
+
+def test_quoted_globs_of_urls_are_expanded(bucket, folder, capsys):
+    (folder / "manifest.jsonl").unlink()
+    bucket(folder)
+    write_manifest(IndexConfig(("s3://bucket/*.tar",), processes=1))
+    assert inspect(InspectConfig(("s3://bucket/*.jsonl",))) == []
+    assert "60 sequences in 2 shards" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [b"{}", b"\xff\xfe", b""])
+def test_what_is_no_tokenizer_is_said(folder, tmp_path, content):
+    (tmp_path / "odd.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"--tokenizer .*odd\.json: no tokenizer\.json"):
+        inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/odd.json"))
+    with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
+        inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/none.json"))

@@ -302,3 +302,33 @@ def test_training_streams_from_s3(bucket, write_source, tmp_path, two_sources):
     config = DataConfig(**(two_sources.__dict__ | {"dataset_manifest": manifests, "workers": 2}))
     halves = [read(train_data(config, rank=rank, world_size=2), 0, 6) for rank in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == expected
+
+
+def test_a_vocabulary_that_cannot_fit_is_said_before_anything_is_read(two_sources, tmp_path):
+    (tmp_path / "b" / "info.json").write_text('{"vocab_size": 1000}')
+    train_data(two_sources)
+    ValData(two_sources.dataset_manifest[1], "json", SEQ_LEN, VOCAB)
+    (tmp_path / "b" / "info.json").write_text('{"vocab_size": 1001}')
+    said = r"b/manifest\.jsonl: its tokens are of .* 1,001 ids .*, the model's has 1,000: take a --model"
+    with pytest.raises(ValueError, match=said):
+        train_data(two_sources)
+    with pytest.raises(ValueError, match=said):
+        ValData(two_sources.dataset_manifest[1], "json", SEQ_LEN, VOCAB)
+    for odd in ("[]", "{", '{"vocab_size": "many"}'):
+        (tmp_path / "b" / "info.json").write_text(odd)
+        train_data(two_sources)
+
+
+def test_a_source_that_is_given_twice_is_said_and_used_twice(two_sources, caplog):
+    a, b = two_sources.dataset_manifest
+    data = train_data(two_sources, dataset_manifest=(a, b, b), train_data_mix_weights=None)
+    assert f"--dataset-manifest {b} is given 2 times" in caplog.text
+    assert f"{a} is given" not in caplog.text
+    assert len(data.sources) == 3
+
+
+def test_a_folder_is_no_manifest(two_sources, tmp_path):
+    with pytest.raises(
+        IsADirectoryError, match=r"/a is a folder: name its manifest, e\.g\. .*/a/manifest\.jsonl"
+    ):
+        train_data(two_sources, dataset_manifest=(f"{tmp_path}/a",), train_data_mix_weights=None)

@@ -3,6 +3,7 @@ import hashlib
 import pytest
 
 from open_lm.data.manifest import Shard, read_manifest
+from open_lm.data.shards import find_source, open_shard
 
 
 def test_open_lms_manifests_are_read(tmp_path):
@@ -63,3 +64,26 @@ def test_an_empty_manifest_is_refused(tmp_path, content):
 def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl: no such file"):
         read_manifest(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_command_may_print_the_manifest(write_source, tmp_path, cache):
+    path = write_source(tmp_path, [2, 3])
+    url = f"pipe:cat '{path}' | cat"
+    source = read_manifest(url)
+    assert source.sha256 == read_manifest(path).sha256
+    assert source.shards[1].url == f"pipe:cat '{tmp_path}/shard_00000001.tar' | cat"
+    assert find_source(url, "json", cache).shards == source.shards
+    reader = open_shard(source.shards[1], "json", cache)
+    assert reader[2].tolist() == [4] * 5
+    reader.close()
+
+
+def test_what_a_piped_manifest_lists_must_be_a_name(tmp_path):
+    (tmp_path / "m.jsonl").write_text('{"shard": "a", "num_sequences": 1}')
+    with pytest.raises(ValueError, match=r"the command names no \.jsonl file"):
+        read_manifest(f"pipe:cat {tmp_path}/m*")
+    (tmp_path / "m.jsonl").write_text('{"shard": "a; touch b", "num_sequences": 1}')
+    with pytest.raises(ValueError, match=r"'a; touch b\.tar' cannot stand in a command"):
+        read_manifest(f"pipe:cat {tmp_path}/m.jsonl")
+    with pytest.raises(OSError, match=r"pipe:cat .*/none\.jsonl: .*No such file"):
+        read_manifest(f"pipe:cat {tmp_path}/none.jsonl")

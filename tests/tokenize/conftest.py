@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from open_lm.tokenize.corpus import train_tokenizer
+from tests.data.conftest import faults  # noqa: F401, a fixture
 
 WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
 

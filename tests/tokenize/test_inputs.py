@@ -1,5 +1,6 @@
 import pytest
 
+from open_lm.data.retry import Patience
 from open_lm.tokenize.inputs import list_files
 from tests.tokenize.conftest import write_lines
 
@@ -33,7 +34,7 @@ def folder(tmp_path):
 )
 def test_files_folders_globs_braces(folder, entry, names, monkeypatch):
     monkeypatch.chdir(folder)
-    assert [file.url for file in list_files(entry, 0)] == names
+    assert [file.url for file in list_files(entry, 0, Patience())] == names
 
 
 @pytest.mark.parametrize(
@@ -49,5 +50,5 @@ def test_files_folders_globs_braces(folder, entry, names, monkeypatch):
 def test_what_gives_no_file_is_named(folder, entry, error, said, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(error, match=r"--inputs ") as raised:
-        list_files(entry, 0)
+        list_files(entry, 0, Patience())
     assert said in str(raised.value)

@@ -1,5 +1,8 @@
+import errno
 import itertools
 import json
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -7,8 +10,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
+from open_lm.data.manifest import read_manifest
 from open_lm.tokenize.folder import Folder
-from open_lm.tokenize.pipeline import locked, tokenize
+from open_lm.tokenize.lock import locked
+from open_lm.tokenize.pipeline import Run, tokenize
+from open_lm.tokenize.progress import Progress
 from open_lm.tokenize.settings import TokenizeConfig
 from tests.tokenize.conftest import TEXTS, digests, read_rows, write_lines
 
@@ -189,6 +195,191 @@ def test_another_plan_is_refused_with_the_difference(inputs, tmp_path, tokenizer
         tokenize(config(inputs, tmp_path / "mine", tokenizer))
 
 
+def test_work_that_is_not_the_runs_is_left_alone(inputs, tmp_path, tokenizer):
+    mine = tmp_path / "mine"
+    (mine / "sub").mkdir(parents=True)
+    (mine / "thesis.txt").write_text("precious")
+    (mine / "sub/plan.json").write_text("{}")
+    out = tmp_path / "out"
+    tokenize(config(inputs, out, tokenizer))
+    for name in ("notes.partial", "held_out.txt"):
+        (out / name).write_text("precious")
+    before = digests(mine) | digests(out)
+    tokenize(config(inputs, out, tokenizer, work=str(mine)))  # complete: the work folder has no part in it
+    assert digests(mine) | digests(out) == before
+    with pytest.raises(ValueError, match=r"--work .*mine holds other files"):
+        tokenize(config(inputs, tmp_path / "other", tokenizer, work=str(mine)))
+    assert digests(mine).items() <= before.items()
+
+
+def test_only_what_the_run_made_goes(inputs, tmp_path, tokenizer, monkeypatch):
+    work = tmp_path / "work"
+    write = Folder.write
+
+    def write_beside(folder, name, data):
+        write(folder, name, data)
+        if name == "unit_000000.json":  # a user's file that comes while the run goes on
+            (work / "unit_notes.json").write_text("precious")
+            (work / "manifest.jsonl").write_text("precious")
+
+    monkeypatch.setattr(Folder, "write", write_beside)
+    tokenize(config(inputs, tmp_path / "out", tokenizer, work=str(work)))
+    assert set(digests(work)) == {"unit_notes.json", "manifest.jsonl"}
+    for name in ("new", "empty"):
+        if name == "empty":
+            (tmp_path / name).mkdir()
+        tokenize(config(inputs, tmp_path / f"out_{name}", tokenizer, work=str(tmp_path / name)))
+        assert (tmp_path / name).exists() == (name == "empty"), "a folder that was there stays"
+
+
+@pytest.mark.parametrize(("output", "work"), [("a/out", "a"), ("a", "a"), ("a", "b/../a/"), ("a", "a/held_out"),
+    ("s3://b/x/out", "s3://b/x/"), ("s3://b/x", "s3://b/x/"), ("a", "link")])  # fmt: skip
+def test_work_that_holds_the_output_is_refused(inputs, tmp_path, tokenizer, output, work, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to("a")
+    with pytest.raises(ValueError, match=rf"--work {work} .*--output {output}"):
+        tokenize(config(inputs, output, tokenizer, work=work))
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_what_a_run_writes_is_no_input(inputs, tmp_path, tokenizer, monkeypatch):
+    (expected,) = tokenize(config(inputs, tmp_path / "apart", tokenizer)).values()
+    for entry in (str(inputs), f"{inputs}/**/*l"):
+        out, work = inputs / "out", inputs / "tmp"
+        made = config(entry, out, tokenizer, work=str(work), bucket_megabytes=0.015)
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "write_shards", lambda *given: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                tokenize(made)
+        (work / "old.txt").write_text("a user's, which the plan never listed")
+        (info,) = tokenize(made).values()
+        assert info["documents"] == expected["documents"]
+        assert tokenize(made) == {"train": info}
+        shutil.rmtree(out)
+        shutil.rmtree(work)
+    write_lines(tmp_path / "new/a.jsonl", TEXTS)
+    with pytest.raises(
+        FileNotFoundError, match=r"new: all that is there \(1 files\) lies in --output or --work"
+    ):
+        tokenize(config(tmp_path / "new", tmp_path / "new", tokenizer))
+
+
+class Told(Progress):
+    """Keeps what is said."""
+
+    def __init__(self):
+        super().__init__(1000, is_terminal=False)
+        self.lines: list[str] = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+@pytest.mark.parametrize("packing", ["join", "best-fit"])
+@pytest.mark.parametrize("texts", [TEXTS, TEXTS[:1]])
+def test_a_held_out_part_without_a_sequence_is_empty_and_said(tmp_path, tokenizer, packing, texts):
+    write_lines(tmp_path / "a.jsonl", texts)
+    made = config(
+        tmp_path / "a.jsonl", tmp_path / "out", tokenizer, held_out_share=1e-9, packing=packing, seq_len=8
+    )
+    told = Told()
+    parts = tokenize(made, told)
+    (said,) = [line for line in told.lines if "warning" in line]
+    assert "--held-out-share 1e-09) has 0 documents of 0 tokens" in said
+    assert "one sequence of 9 ids (--seq-len 8)" in said
+    assert parts["train"]["documents"] == len(texts)
+    assert parts["held_out"]["sequences"] == parts["held_out"]["tokens_in_shards"] == 0
+    with pytest.raises(
+        ValueError, match=r"held_out/manifest\.jsonl: the manifest lists no sequences; .* share held out"
+    ):
+        read_manifest(f"{tmp_path}/out/held_out/manifest.jsonl")
+    assert tokenize(made, told) == parts
+    assert "nothing to do" in told.lines[-1]
+
+
+def test_a_small_held_out_part_is_counted_as_dropped(inputs, tmp_path, tokenizer):
+    told = Told()
+    parts = tokenize(config(inputs, tmp_path / "out", tokenizer, held_out_share=0.02, seq_len=500), told)
+    assert any("held-out part" in line for line in told.lines)
+    assert parts["held_out"]["tokens"] == parts["held_out"]["tokens_dropped"] > 0
+
+
+def test_a_training_part_without_a_sequence_is_said_before_packing(inputs, tmp_path, tokenizer):
+    with pytest.raises(
+        ValueError, match=r"training part has 0 documents of 0 tokens.*33 ids \(--seq-len 32\)"
+    ):
+        tokenize(config(inputs, tmp_path / "out", tokenizer, held_out_share=1 - 1e-12))
+    assert not [name for name in digests(tmp_path / "out/work") if name.startswith("pack")]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda out: (out / "shard_00000001.tar").unlink(), "shard_00000001.tar is missing"),
+        (lambda out: os.truncate(out / "shard_00000000.tar", 99), "shard_00000000.tar has 99 bytes, its manifest"),
+        (lambda out: (out / "info.json").unlink(), "info.json is missing"),
+        (lambda out: (out / "held_out/info.json").write_text("{"), "held_out/info.json is damaged"),
+        (lambda out: (out / "held_out/manifest.jsonl").unlink(), "held_out/manifest.jsonl is missing"),
+        (lambda out: (out / "tokenizer.json").write_text("{}"), "tokenizer.json is not the one of the plan"),
+        (lambda out: (out / "held_out/tokenizer.json").unlink(), "held_out/tokenizer.json is missing"),
+        (lambda out: shutil.rmtree(out / "held_out"), "held_out/manifest.jsonl is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_output_is_made_again(inputs, tmp_path, tokenizer, damage, said):
+    out, told = tmp_path / "out", Told()
+    made = config(inputs, out, tokenizer, held_out_share=0.1, bucket_megabytes=1.0, unit_megabytes=1.0)
+    tokenize(made)
+    expected = digests(out)
+    damage(out)
+    tokenize(made, told)
+    assert said in told.lines[0]
+    assert digests(out) == expected
+
+
+def test_an_array_is_said_to_be_one(tmp_path, tokenizer):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in TEXTS], indent=1))
+    with pytest.raises(
+        ValueError, match=r"--inputs .*a\.json: not JSON lines but an array: write each object"
+    ):
+        tokenize(config(tmp_path / "a.json", tmp_path / "out", tokenizer))
+
+
+def test_inputs_that_come_twice_are_named(inputs, tmp_path, tokenizer, monkeypatch):
+    monkeypatch.chdir(inputs)
+    made = config(inputs, tmp_path / "out", tokenizer)
+    twice = {"inputs": (str(inputs), "b.jsonl", "a.jsonl::./a.jsonl"), "sampling_rates": (1.0, 1.0, 1.0)}
+    told = Told()
+    (info,) = tokenize(TokenizeConfig(**(vars(made) | twice)), told).values()
+    assert info["documents"] == 200 + 50 + 300
+    warnings = [line for line in told.lines if line.startswith("warning: --inputs: ")]
+    assert len(warnings) == 2
+    assert f"b.jsonl: in {inputs} and in b.jsonl, so every document of it is used twice" in warnings[0]
+    assert f"a.jsonl and 1 more files: in {inputs} and in a.jsonl::./a.jsonl" in warnings[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"), [("unit_000000_0000.ids", "work"), ("shard_00000000.tar", "output")]
+)
+def test_a_full_disk_is_said_and_the_run_goes_on(inputs, tmp_path, tokenizer, monkeypatch, name, flag):
+    made = config(inputs, tmp_path / "out", tokenizer, work=str(tmp_path / "work"))
+    write = Path.write_bytes
+
+    def fill(path, data):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fill)
+        place = tmp_path / ("out" if flag == "output" else "work")
+        with pytest.raises(
+            OSError, match=rf"^{place}/{name}: No space left .*, in --{flag} {place}: .* goes on"
+        ):
+            tokenize(made)
+    assert tokenize(made)["train"]["documents"] == 200
+
+
 def test_two_runs_in_one_output(inputs, tmp_path, tokenizer):
     with locked(Folder(str(tmp_path / "out"))), pytest.raises(ValueError, match="another run is writing"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
@@ -202,7 +393,7 @@ def test_bad_documents(inputs, tmp_path, tokenizer):
     place = f"{inputs}/a.jsonl"
     with pytest.raises(ValueError, match=r"a\.jsonl:1(00|22): no"):
         tokenize(config(inputs, tmp_path / "out", tokenizer))
-    with pytest.raises(ValueError, match="--max-bad 1"):
+    with pytest.raises(ValueError, match=r"a\.jsonl:122: no key 'text'.*2 bad documents .*--max-bad 1"):
         tokenize(config(inputs, tmp_path / "out", tokenizer, on_bad="skip", max_bad=1))
     (info,) = tokenize(config(inputs, tmp_path / "out", tokenizer, on_bad="skip")).values()
     bad = [json.loads(line) for line in (tmp_path / "out/bad.jsonl").read_text().splitlines()]
@@ -268,6 +459,7 @@ def test_trained_tokenizer(inputs, tmp_path):
         ({"sampling_rates": (-1.0,)}, "--sampling-rates -1.0"),
         ({"held_out_share": 1.0}, "--held-out-share 1.0"),
         ({"seq_len": 0}, "--seq-len 0"),
+        ({"seed": 2**63}, "--seed 9223372036854775808 must be from"),
         ({"ray_address": "auto"}, "needs --engine ray, not local"),
         ({"seq_len": 100_000}, "does not fill one sequence of 100,001"),
     ],
@@ -308,5 +500,6 @@ def test_s3_gives_the_same_shards(inputs, tmp_path, tokenizer, bucket):
     assert there.keys() == here.keys()
     differing = {name for name in here if here[name] != there[name]}
     assert differing == {"plan.json", "info.json", "held_out/info.json"}, "they name the inputs"
+    assert sum(part["documents"] for part in tokenize(made).values()) == 200, "what is there is no input"
     with pytest.raises(FileNotFoundError, match="s3://bucket/none"):
         tokenize(config("s3://bucket/none/", "s3://bucket/y", tokenizer))

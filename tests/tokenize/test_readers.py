@@ -1,11 +1,15 @@
+import errno
 import gzip
 import io
 import json
+import random
 import tarfile
 
 import pytest
 import zstandard
 
+from open_lm.data.retry import Patience
+from open_lm.tokenize import readers
 from open_lm.tokenize.inputs import Unit, divide, list_files
 from open_lm.tokenize.readers import How, count_lines, read_unit
 from tests.tokenize.conftest import TEXTS, write_lines
@@ -14,8 +18,10 @@ HOW = How("text", "file")
 
 
 def read(path, how=HOW, unit_bytes=10**9):
-    files = list_files(str(path), 0)
-    return [d for file in files for unit in divide(file, unit_bytes) for d in read_unit(unit, how)]
+    files = list_files(str(path), 0, Patience())
+    return [
+        d for file in files for unit in divide(file, unit_bytes, Patience()) for d in read_unit(unit, how)
+    ]
 
 
 def texts_of(documents):
@@ -55,12 +61,40 @@ def test_parquet(tmp_path):
     documents = read(tmp_path / "a.parquet")
     assert texts_of(documents) == TEXTS
     assert len({d.position for d in documents}) == 200
-    assert len(divide(list_files(str(tmp_path), 0)[0], 1)) == 3
+    assert len(divide(list_files(str(tmp_path), 0, Patience())[0], 1, Patience())) == 3
     (other,) = {d.problem for d in read(tmp_path / "a.parquet", How("body", "file"))}
     assert "no column 'body'" in other
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"b\.parquet: cannot be read as parquet"):
         read(tmp_path / "b.parquet")
+
+
+class Dying(io.FileIO):
+    """A disk that reads no more of the first bytes of a file."""
+
+    def readinto(self, buffer):
+        if self.tell() < 40_000:
+            raise OSError(errno.EIO, "Input/output error")
+        return super().readinto(buffer)
+
+
+def test_rows_that_the_disk_does_not_give_are_no_bad_documents(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    noise = [random.Random(i).randbytes(1000) for i in range(200)]  # the texts are not near the metadata
+    parquet.write_table(pyarrow.table({"text": TEXTS, "noise": noise}), path)
+    (unit,) = divide(*list_files(str(path), 0, Patience()), 1, Patience())
+    monkeypatch.setattr(readers, "open_stream", lambda url, patience: io.BufferedReader(Dying(url)))
+    with pytest.raises(OSError, match="Input/output error"):
+        list(read_unit(unit, HOW))
+    data = bytearray(path.read_bytes())
+    data[4:40] = bytes(36)
+    path.write_bytes(data)
+    monkeypatch.undo()
+    (bad,) = read_unit(unit, HOW)
+    assert "unreadable from here on" in bad.problem
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 7, 64, 1000, 10**6])
@@ -69,13 +103,13 @@ def test_units_of_any_size_give_each_line_once_with_its_number(tmp_path, unit_by
     path.write_bytes(
         b'{"text": "one"}\n\n{"text": "two is longer"}\r\n\n\n{"text": "3"}\n{"text": "last, no newline"}'
     )
-    (file,) = list_files(str(path), 0)
+    (file,) = list_files(str(path), 0, Patience())
     whole = list(read_unit(Unit(file, 0, None, 0), HOW))
     lines, positions = [], []
-    for unit in divide(file, unit_bytes):
+    for unit in divide(file, unit_bytes, Patience()):
         for document in read_unit(unit, HOW):
             positions.append(document.position)
-            lines.append((document.line + count_lines(unit), document.text))
+            lines.append((document.line + count_lines(unit, Patience()), document.text))
     assert lines == [(d.line, d.text) for d in whole]
     assert positions == [d.position for d in whole]
     assert [line for line in lines if line[1]] == [
@@ -101,7 +135,15 @@ def test_txt(tmp_path):
         (b'{"text": 3}', "'text' is a int, not a string"),
         (b'{"text": null}', "'text' is a NoneType"),
         (b'{"text": "\\ud800"}', "no Unicode text: surrogates not allowed"),
-        (b"[" * 100_000, "not JSON"),
+        (b"[" * 100_000, "not JSON lines but part of an array"),
+        (
+            b'[{"text": "x"}, {"text": "y"}]',
+            "an array, so no key 'text' (--text-key): write each object on a line",
+        ),
+        (
+            b'[{"text": "x"},',
+            "not JSON lines but part of an array: write each object on a line of its own (jq -c",
+        ),
     ],
 )
 def test_bad_lines(tmp_path, line, problem):
