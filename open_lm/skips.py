@@ -26,8 +26,9 @@ class BadSamples:
         self.named: set[str] = set()
 
     def add_(self, n_bad: int, mine: Sequence[str], step: int, total: int) -> None:
-        """Of `step` (from 1): the number over all ranks, and this rank's own; `total` is the run's so far. Collective
-        where something is to be named.
+        """Of `step` (from 1): the number over all ranks, and this rank's own; `total` is the run's so far.
+        Collective where something is to be named.
+
 
         RuntimeError, on all ranks, when the run has more than the limit.
         """
