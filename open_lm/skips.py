@@ -29,7 +29,6 @@ class BadSamples:
         """Of `step` (from 1): the number over all ranks, and this rank's own; `total` is the run's so far.
         Collective where something is to be named.
 
-
         RuntimeError, on all ranks, when the run has more than the limit.
         """
         too_many = self.limit is not None and total > self.limit
