@@ -156,6 +156,120 @@ def test_the_tiles_that_a_gpu_may_choose(ffn_type, monkeypatch):
     compare(**options)
 
 
+PLANS = {"saved": {"saves_activation": True}, "in place": {"in_place": True},
+         "both": {"saves_activation": True, "in_place": True}}  # fmt: skip
+
+
+@pytest.fixture(params=PLANS, ids=list(PLANS))
+def other_plan(request, monkeypatch):
+    """Another way through backward than SMALL's, for every kernel."""
+    from open_lm.moe.backends.triton import table
+
+    monkeypatch.setattr(table, "SMALL", table.SMALL._replace(**PLANS[request.param]))
+    table.choose.cache_clear()
+    yield PLANS[request.param]
+    table.choose.cache_clear()
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "name",
+    [
+        "three choices",
+        "drops",
+        "all but few dropped",
+        "input weights",
+        "padded",
+        "experts choose",
+        "more rows than a tile, widths of several",
+        "gated, the same",
+        "recomputed, gated",
+        "one choice, two tokens, idle experts",
+    ],
+)
+def test_other_plans_are_the_loop(other_plan, name):
+    compare(**OPTIONS[name])
+
+
+@interpreted
+@pytest.mark.parametrize("chunks", [0, 3])
+def test_other_plans_with_torchs_product(other_plan, chunks, monkeypatch):
+    """Weights' gradients by grouped_mm, where rows are gathered into memory that is free."""
+    from open_lm.moe.backends.triton import launch
+
+    small = launch.choose("up", torch.device("cpu"), torch.float32, 24, 40)
+
+    def choose(kernel, *_):
+        return None if kernel[:2] == "dw" and not chunks else small._replace(gathered=True)
+
+    def product(x, y, offs):
+        parts = zip([0, *offs.tolist()[:-1]], offs.tolist(), strict=True)
+        return torch.stack([x[:, start:end] @ y[start:end] for start, end in parts])
+
+    monkeypatch.setattr(launch, "choose", choose)
+    monkeypatch.setattr(launch.F, "grouped_mm", product)
+    for options in ({}, {"ffn_type": "swiglu"}, {"capacity_factor": 0.5}):
+        compare(tokens=100, dim=24, hidden_dim=40, num_experts=3, **options)
+
+
+@interpreted
+def test_a_retained_graph_is_not_consumed(other_plan):
+    """Two backwards in turn give the same gradients; after one that retains nothing, torch refuses another."""
+    layer, x = make_layer(triton, ffn_type="swiglu"), torch.randn(20, 9, requires_grad=True)
+    y = layer(x)[0].sin().sum()
+    first = torch.autograd.grad(y, [x, *layer.parameters()], retain_graph=True, allow_unused=True)
+    second = torch.autograd.grad(y, [x, *layer.parameters()], allow_unused=True)
+    for one, two in zip(first, second, strict=True):
+        assert one is not None and two is not None
+        assert torch.equal(one, two)
+    with pytest.raises(RuntimeError, match="a second time"):
+        y.backward()
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_other_plans_compiled(other_plan, backend):
+    """As in eager mode, in one graph; also where the same layer meets the same input twice, whose forwards a
+    compiler may take for one."""
+    layer, x = make_layer(triton, ffn_type="swiglu"), torch.randn(20, 9)
+    layer.experts.mlp.requires_grad_(True)
+
+    def twice(x):
+        one, two = layer(x), layer(x)
+        return one[0].sin() + two[0].square(), one[1].loss + two[1].loss
+
+    def gradients(function):
+        leaf = x.clone().requires_grad_()
+        y, loss = function(leaf)
+        return torch.autograd.grad(y.sum() + loss, [leaf, *layer.parameters()])
+
+    torch.compiler.reset()
+    wanted, ours = gradients(twice), gradients(torch.compile(twice, backend=backend, fullgraph=True))
+    for one, two in zip(wanted, ours, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@interpreted
+@pytest.mark.parametrize("donated", [True, False])
+def test_compiled_a_graph_is_consumed_once(donated, other_plan, monkeypatch):
+    """A second backward is an error or right, whatever torch thinks of retained graphs."""
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", donated)
+    torch.compiler.reset()
+    layer, x = make_layer(triton, ffn_type="swiglu"), torch.randn(20, 9, requires_grad=True)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    y = compiled(x)[0].sin().sum()
+    if donated:
+        with pytest.raises(RuntimeError, match="retain_graph=False"):
+            torch.autograd.grad(y, [x], retain_graph=True)
+        return
+    (first,) = torch.autograd.grad(y, [x], retain_graph=True)
+    if other_plan.get("in_place"):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation|backward a second time"):
+            torch.autograd.grad(y, [x])
+    else:
+        assert torch.equal(first, torch.autograd.grad(y, [x])[0])
+
+
 @interpreted
 def test_dropped_rows_are_read_by_nobody():
     """What is in memory behind the last expert's rows may be NaN."""
@@ -244,10 +358,13 @@ def test_the_operators(ffn_type):
     inputs = (torch.randn(T, D), w1, v1, torch.randn(E, width, D), b1, c1, b2, torch.rand(T * K), torch.rand(T * K),
               (order_R // K).int(), end_E, row_TK, None)  # fmt: skip
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.forward, (*inputs, ffn_type, True), test_utils=tests)
-    torch.library.opcheck(ops.forward, (*inputs, ffn_type, False), test_utils=tests)
-    _, h, u, table = ops.forward(*inputs, ffn_type, True)
-    torch.library.opcheck(ops.backward, (torch.randn(T, D), *inputs, h, u, table, ffn_type), test_utils=tests)
+    for save in ((True, False), (False, False), (True, True)):
+        torch.library.opcheck(ops.forward, (*inputs, torch.empty(0), ffn_type, *save), test_utils=tests)
+    _, *saved = ops.forward(*inputs, torch.empty(0), ffn_type, True, True)
+    again = (torch.randn(T, D), *inputs, *saved, ffn_type)
+    torch.library.opcheck(ops.backward, (*again, False), test_utils=tests)
+    # in place it does mutate, see `ops`
+    torch.library.opcheck(ops.backward, (*again, True), test_utils="test_faketensor")
     torch.library.opcheck(selection.top_k, (torch.randn(T, E), K), test_utils=tests)
 
 

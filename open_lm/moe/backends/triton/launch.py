@@ -71,6 +71,12 @@ def gathers(h: Tensor, D: int, gated: bool) -> bool:
     return tile is not None and tile.gathered and tma(h.device)
 
 
+def plan(x: Tensor, width: int, gated: bool) -> tuple[bool, bool]:
+    """(whether forward saves weight * activation, whether backward's dh takes the memory of h)."""
+    tile = choose("up_backward_gated" if gated else "up_backward", x.device, x.dtype, x.shape[1], width)
+    return tile is not None and tile.saves_activation, tile is not None and tile.in_place
+
+
 def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
     """The table of `tiles.schedule_kernel`, int32 (3 M + 2,), M = ceil(rows / block) + E."""
     E = end_E.numel()
@@ -85,9 +91,9 @@ def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
 def up(
     x_TD: Tensor, token_R: Tensor, w: Tensor, v: Tensor | None, b: Tensor | None, c: Tensor | None,
     scale_R: Tensor | None, table: Tensor, kind: str, save: bool = True, activate: bool = True,
-    tile: Tile | None = None,
+    weight_R: Tensor | None = None, tile: Tile | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(h_RF and, if gated, u_RF, if `save`; a_RF, if `activate`): see `rows.up_kernel`."""
+    """(h_RF and, if gated, u_RF, if `save`; a_RF, if `activate`, times weight_R): see `rows.up_kernel`."""
     R, (_, D, width) = token_R.numel(), w.shape
     name = "up" if v is None else "up_gated"
     tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
@@ -97,8 +103,8 @@ def up(
     u = x_TD.new_empty(R, width) if save and v is not None else None
     a = x_TD.new_empty(R, width) if activate else None
     up_kernel[_grid(tile, M * triton.cdiv(width, tile.columns), x_TD.device)](
-        x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, h, u, a, table, M, R, D=D,
-        F=width, KIND=kind, FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None,
+        x_TD, token_R, _weight(w, tile, use), _weight(v, tile, use), b, c, scale_R, weight_R, h, u, a, table, M, R,
+        D=D, F=width, KIND=kind, FAST=fast(x_TD), PRECISION=precision(x_TD.dtype), GATED=v is not None,
         BIASED=b is not None, SCALED=scale_R is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, PARTS=tile.parts,
         **_meta(tile),
     )  # fmt: skip
@@ -107,16 +113,20 @@ def up(
 
 def up_backward(
     g_TD: Tensor, token_R: Tensor, w2: Tensor, b2: Tensor | None, weight_R: Tensor, h: Tensor, u: Tensor | None,
-    table: Tensor, kind: str, g_RD: Tensor | None = None, tile: Tile | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """(dh_RF, du_RF if gated, weight * a_RF, the gradient of weight_R): see `rows.up_backward_kernel`."""
+    table: Tensor, kind: str, g_RD: Tensor | None = None, tile: Tile | None = None, activate: bool = True,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """(dh_RF, du_RF if gated, weight * a_RF if `activate`, the gradient of weight_R): see
+    `rows.up_backward_kernel`. `in_place`: dh and du are h and u.
+    """
     R, (_, width, D) = token_R.numel(), w2.shape
     name = "up_backward" if u is None else "up_backward_gated"
     tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
     assert tile is not None
     use, M, BM = tma(g_TD.device), (table.numel() - 2) // 3, block_rows(g_TD.dtype)
-    dh, a = torch.empty_like(h), torch.empty_like(h)
-    du = None if u is None else torch.empty_like(h)
+    dh = h if in_place else torch.empty_like(h)
+    du = u if in_place or u is None else torch.empty_like(u)
+    a = torch.empty_like(h) if activate else None
     columns = triton.cdiv(width, tile.columns)
     # zeros: rows that were dropped are in no tile
     partial = torch.zeros(columns, R, dtype=torch.float32, device=h.device)
@@ -133,9 +143,12 @@ def up_backward(
 
 def rows(
     a: Tensor, w: Tensor, a2: Tensor | None, w2: Tensor | None, b: Tensor | None, end_E: Tensor, table: Tensor,
-    transposed: bool, tile: Tile | None = None,
+    transposed: bool, weight_R: Tensor | None = None, out: Tensor | None = None, tile: Tile | None = None,
 ) -> Tensor:  # fmt: skip
-    """y_RN = a_RK w (+ a2 w2) + b, of each row's expert; w (E, K, N), `transposed` (E, N, K)."""
+    """y_RN = a_RK w (+ a2 w2) + b (times weight_R), of each row's expert; w (E, K, N), `transposed` (E, N, K).
+
+    It may take the memory of `out`, of at least its size.
+    """
     R, K = a.shape
     N = w.shape[1] if transposed else w.shape[2]
     tile = tile or choose("down_backward" if transposed else "down", a.device, a.dtype, N, K)
@@ -143,12 +156,13 @@ def rows(
         return F.grouped_mm(a, w.transpose(1, 2) if transposed else w, offs=end_E)
     tile = tile or Tile(256, 64, 8, 4, flatten=True)
     use, M, BM = tma(a.device), (table.numel() - 2) // 3, block_rows(a.dtype)
-    y = a.new_empty(R, N)
+    y = _empty(a, R, N, out)
     block = [BM, tile.depth]
     store = use and tile.store
     rows_kernel[_grid(tile, M * triton.cdiv(N, tile.columns), a.device)](
         _descriptor(a, block, use), _descriptor(a2, block, use), _weight(w, tile, use, transposed),
-        _weight(w2, tile, use, transposed), b, y, _descriptor(y, [BM, tile.columns], True) if store else None,
+        _weight(w2, tile, use, transposed), b, weight_R, y,
+        _descriptor(y, [BM, tile.columns], True) if store else None,
         table, M, R, K=K, N=N, PRECISION=precision(a.dtype), TRANSPOSED=transposed, TWO=a2 is not None,
         BIASED=b is not None, TMA=use, BM=BM, FLATTEN=tile.flatten, TMA_STORE=store, **_meta(tile),
     )  # fmt: skip
@@ -202,11 +216,14 @@ def both_weights(
     du: Tensor | None,
     end_E: Tensor,
     biased: bool,
+    out: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor | None, Tensor | None]]:
-    """(dw1, db1) and, if gated, (dv1, dc1); where torch's product is the faster, x is gathered once for both."""
+    """(dw1, db1) and, if gated, (dv1, dc1); where torch's product is the faster, x is gathered once for both (into
+    `out`'s memory, if that is large enough).
+    """
     tile = choose("dw1", x.device, x.dtype, x.shape[1], dh.shape[1])
     if tile is None and scale_R is None and not biased:
-        x_R = gather(x, token_R, end_E)
+        x_R = gather(x, token_R, end_E, out)
         found = [None if y is None else by_grouped_mm(x_R, y, end_E, x_left=True) for y in (dh, du)]
         assert found[0] is not None
         return (found[0], None), (found[1], None)
@@ -216,10 +233,17 @@ def both_weights(
     return of_h, weights(x, token_R, scale_R, du, end_E, gather_left=True, biased=biased)
 
 
-def gather(x_TD: Tensor, token_R: Tensor, end_E: Tensor) -> Tensor:
-    """x_TD[token_R]; zeros for rows behind the last expert's."""
+def _empty(like: Tensor, rows: int, columns: int, out: Tensor | None) -> Tensor:
+    """A new tensor, in the memory of `out` where that is large enough."""
+    if out is None or out.numel() < rows * columns:
+        return like.new_empty(rows, columns)
+    return out.view(-1)[: rows * columns].view(rows, columns)
+
+
+def gather(x_TD: Tensor, token_R: Tensor, end_E: Tensor, out: Tensor | None = None) -> Tensor:
+    """x_TD[token_R]; zeros for rows behind the last expert's. It may take the memory of `out`."""
     R, D = len(token_R), x_TD.shape[1]
-    out = x_TD.new_empty(R, D)
+    out = _empty(x_TD, R, D, out)
     BD = min(triton.next_power_of_2(D), 256)
     grid = (triton.cdiv(R, 8), triton.cdiv(D, BD))
     gather_kernel[grid](x_TD, token_R, end_E, out, R, D=D, E=len(end_E), BR=8, BD=BD)

@@ -34,13 +34,16 @@ def _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT: tl.constexpr, GROUP: tl.cons
 
 @triton.jit(do_not_specialize=["M", "R"])
 def up_kernel(
-    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, h_ptr, u_ptr, a_ptr, tile_ptr, M, R,
+    x_ptr, token_ptr, w, v, b_ptr, c_ptr, scale_ptr, weight_ptr, h_ptr, u_ptr, a_ptr, tile_ptr, M, R,
     D: tl.constexpr, F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PRECISION: tl.constexpr,
     GATED: tl.constexpr, BIASED: tl.constexpr, SCALED: tl.constexpr, TMA: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, FLATTEN: tl.constexpr,
     PARTS: tl.constexpr,
 ):  # fmt: skip
-    """h_RF = scale x[token] w + b, u_RF = scale x[token] v + c if gated, a_RF = the activation of both."""
+    """h_RF = scale x[token] w + b, u_RF = scale x[token] v + c if gated, a_RF = the activation of both.
+
+    With weight_ptr a_RF is weight * the activation.
+    """
     NT: tl.constexpr = (F + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
     total = tl.load(tile_ptr + 3 * M + 1)
@@ -82,8 +85,13 @@ def up_kernel(
             h += _bias(b_ptr, e, n, F)
             if GATED:
                 u += _bias(c_ptr, e, n, F)
+        weight = None
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + row, mask=real, other=0.0)
         low = x_ptr.dtype.element_ty
-        _store_activated(h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN, PARTS)
+        _store_activated(
+            h, u, weight, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN, PARTS
+        )
         token = next_token
         e, row0, end, nt = next_e, next_row0, next_end, next_nt
         next_e, next_row0, next_end, next_nt = after_e, after_row0, after_end, after_nt
@@ -91,7 +99,7 @@ def up_kernel(
 
 @triton.jit
 def _store_activated(
-    h, u, h_ptr, u_ptr, a_ptr, row, end, n0, low: tl.constexpr,
+    h, u, weight, h_ptr, u_ptr, a_ptr, row, end, n0, low: tl.constexpr,
     F: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -102,26 +110,12 @@ def _store_activated(
         if GATED:
             u_left, u_right = _halves(u, BM, BN)
         _store_activated(
-            left,
-            u_left,
-            h_ptr,
-            u_ptr,
-            a_ptr,
-            row,
-            end,
-            n0,
-            low,
-            F,
-            KIND,
-            FAST,
-            GATED,
-            BM,
-            BN // 2,
+            left, u_left, weight, h_ptr, u_ptr, a_ptr, row, end, n0, low, F, KIND, FAST, GATED, BM, BN // 2,
             PARTS // 2,
-        )
+        )  # fmt: skip
         _store_activated(
-            right, u_right, h_ptr, u_ptr, a_ptr, row, end, n0 + BN // 2, low, F, KIND, FAST, GATED, BM, BN // 2,
-            PARTS // 2,
+            right, u_right, weight, h_ptr, u_ptr, a_ptr, row, end, n0 + BN // 2, low, F, KIND, FAST, GATED, BM,
+            BN // 2, PARTS // 2,
         )  # fmt: skip
     else:
         # the activation is that of the number which is saved
@@ -135,6 +129,8 @@ def _store_activated(
                 _store(u_ptr, u_low, row, end, n0, F, BN)
             a *= u_low.to(tl.float32)
         if a_ptr is not None:
+            if weight is not None:
+                a *= weight[:, None]
             _store(a_ptr, a, row, end, n0, F, BN)
 
 
@@ -177,8 +173,9 @@ def up_backward_kernel(
     """From the layer's gradient g_TD through the down-projection and the activation, in one pass.
 
     With p = g[token] w2ᵀ (GATHERED: g_desc has g[token] already) and the activation a of h (and u): dh and du are
-    weight * p times a's derivatives, a_RF becomes weight * a, and partial (F / BN, R) the parts of the weight's own
-    gradient sum_f p_f a_f (+ g b2).
+    weight * p times a's derivatives, a_RF (if there) becomes weight * a, and partial (F / BN, R) the parts of the
+    weight's own gradient sum_f p_f a_f (+ g b2). dh and du may be h's and u's own memory: a tile reads all of its
+    own h and u, and nobody else's, before it stores.
     """
     NT: tl.constexpr = (F + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
@@ -288,18 +285,19 @@ def _through_activation(
             slope *= u.to(tl.float32)
             a *= u.to(tl.float32)
         _store(dh_ptr, p * slope * weight[:, None], row, end, n0, F, BN)
-        _store(a_ptr, a * weight[:, None], row, end, n0, F, BN)
+        if a_ptr is not None:
+            _store(a_ptr, a * weight[:, None], row, end, n0, F, BN)
         return tl.sum(p * a, 1)
 
 
 @triton.jit(do_not_specialize=["M", "R"])
 def rows_kernel(
-    a, a2, w, w2, b_ptr, y_ptr, y_desc, tile_ptr, M, R,
+    a, a2, w, w2, b_ptr, weight_ptr, y_ptr, y_desc, tile_ptr, M, R,
     K: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TRANSPOSED: tl.constexpr, TWO: tl.constexpr,
     BIASED: tl.constexpr, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     GROUP: tl.constexpr, FLATTEN: tl.constexpr, TMA_STORE: tl.constexpr,
 ):  # fmt: skip
-    """y_RN = a_RK w[e] (+ a2_RK w2[e]) + b[e]; TRANSPOSED: times wᵀ."""
+    """y_RN = a_RK w[e] (+ a2_RK w2[e]) + b[e], or with weight_ptr + weight * b[e]; TRANSPOSED: times wᵀ."""
     NT: tl.constexpr = (N + BN - 1) // BN
     tiles_m = tl.load(tile_ptr + 3 * M)
     for tile in tl.range(tl.program_id(0), tiles_m * NT, tl.num_programs(0), flatten=FLATTEN):
@@ -319,7 +317,10 @@ def rows_kernel(
             )
         n = n0 + tl.arange(0, BN)
         if BIASED:
-            y += _bias(b_ptr, e, n, N)
+            b = _bias(b_ptr, e, n, N)
+            if weight_ptr is not None:
+                b *= tl.load(weight_ptr + row, mask=row < R, other=0.0)[:, None]
+            y += b
         # A descriptor stores in the background, but whole tiles: it does not know where an expert's rows end.
         if TMA_STORE and row0 + BM <= end:
             y_desc.store([row0, n0], y.to(y_desc.dtype))

@@ -44,6 +44,10 @@ class Tile(NamedTuple):
     """The most registers a thread may have."""
     rows: int = 128
     """Rows of a tile; of the kernels that run over rows all have `block_rows`."""
+    saves_activation: bool = False
+    """up_backward: whether forward saves weight * activation for dw2, which it else computes again and stores."""
+    in_place: bool = False
+    """up_backward: whether gradients take the memory of the pre-activations that were saved."""
 
 
 SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32, chunks=3)  # the interpreter's
