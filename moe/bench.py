@@ -7,6 +7,9 @@ Routing is what a fresh router does to random tokens, or with `--routing zipf` s
 1/i times as often as the first; dropless unless --capacity-factor is given. With --graph the step is replayed as a
 CUDA graph where the layer allows it: what the host takes to launch it does not count. TFLOP/s counts the experts'
 matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
+
+`--plans` are ways of the triton backend through backward: as its table of tiles says, or `recompute` the activation,
+`save` it in forward, `+in_place`: gradients in the memory of what was saved.
 """
 
 import argparse
@@ -14,8 +17,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -64,6 +67,27 @@ DTYPES = {
     "fp32": (torch.float32, None),
     "amp_bf16": (torch.float32, torch.bfloat16),
 }
+
+
+# --plans: (forward saves the activation, backward works in place)
+PLANS = {"table": None, "recompute": (False, False), "recompute+in_place": (False, True), "save": (True, False),
+         "save+in_place": (True, True)}  # fmt: skip
+
+
+@contextmanager
+def planned(plan: str) -> Iterator[None]:
+    """Within it the triton backend goes through backward by this plan."""
+    if not (flags := PLANS[plan]):
+        yield
+        return
+    from open_lm.moe.backends.triton import launch
+
+    usual = launch.plan
+    launch.plan = torch.compiler.assume_constant_result(lambda *_: flags)
+    try:
+        yield
+    finally:
+        launch.plan = usual
 
 
 class Dense(nn.Module):
@@ -156,6 +180,28 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def blocks_at_peak(step: Callable[[], None]) -> list[float]:
+    """MiB of what `step` has allocated and is alive at its peak, the largest first."""
+    torch.cuda.memory._record_memory_history(context=None)
+    step()
+    events: Any = torch.cuda.memory._snapshot()["device_traces"][torch.cuda.current_device()]  # type: ignore
+    torch.cuda.memory._record_memory_history(enabled=None)
+    return peak_of([(event["action"], event["addr"], event["size"]) for event in events])
+
+
+def peak_of(events: list[tuple[str, int, int]]) -> list[float]:
+    """The blocks, MiB, that are alive when they are the most, of the allocator's (action, address, bytes)."""
+    alive, peak, most = {}, [], 0
+    for action, address, size in events:
+        if action == "alloc":
+            alive[address] = size
+        elif action == "free_completed":
+            alive.pop(address, None)
+        if sum(alive.values()) > most:
+            most, peak = sum(alive.values()), list(alive.values())
+    return sorted((size / 2**20 for size in peak), reverse=True)
+
+
 def measure(step: Callable[[], None], device: str, repeats: int, graph: bool = False) -> tuple[float, float]:
     """(median seconds of a step, peak MiB allocated on a GPU or NaN); as a CUDA graph's replay if `graph`."""
     synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -195,6 +241,10 @@ def main(arguments: list[str] | None = None) -> None:
         "--graph", action="store_true", help="replay CUDA graphs, but for `reference`, `megablocks`"
     )
     parser.add_argument("--routing", nargs="+", choices=["random", "zipf"], default=["random"])
+    parser.add_argument("--plans", nargs="+", choices=PLANS, default=["table"], help="of triton's backward")
+    parser.add_argument(
+        "--blocks", type=int, default=0, help="print so many of the largest blocks at the peak"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", help="append one JSON line per row to this file")
     chosen = parser.parse_args(arguments)
@@ -206,13 +256,25 @@ def main(arguments: list[str] | None = None) -> None:
     for name in chosen.shapes:
         shape = SHAPES[name]._replace(**({"tokens": chosen.tokens} if chosen.tokens else {}))
         dense = None
-        for layer, routing in [("dense", "")] + [(b, r) for b in chosen.backends for r in chosen.routing]:
-            record = time_layer(shape, layer, routing, chosen)
+        layers = [("dense", "", "table")]
+        for backend in chosen.backends:
+            plans = chosen.plans if backend == "triton" else ["table"]
+            layers += [(backend, routing, plan) for plan in plans for routing in chosen.routing]
+        for layer, routing, plan in layers:
+            try:
+                with planned(plan):
+                    record = time_layer(shape, layer, routing, chosen)
+            except ValueError as error:  # a backend that is not installed
+                print(f"{name:<10} {layer:<12} {error}", flush=True)
+                continue
             dense = dense or record["tflops"]
             record = {"shape": name, **record, "of_dense": record["tflops"] / dense}
+            if plan != "table":
+                record["plan"] = plan
             print(f"{name:<10} {layer:<12} {routing:<7} {record['milliseconds']:>9.3f} "
                   f"{record['forward_milliseconds']:>9.3f} {record['tokens_per_second']:>12,.0f} "
-                  f"{record['tflops']:>8.2f} {record['of_dense']:>8.2f} {record['peak_mib'] or float('nan'):>9.0f}",
+                  f"{record['tflops']:>8.2f} {record['of_dense']:>8.2f} {record['peak_mib'] or float('nan'):>9.0f}"
+                  + f" {plan}" * (plan != "table"),
                   flush=True)  # fmt: skip
             if chosen.output:
                 with open(chosen.output, "a") as file:
@@ -233,6 +295,10 @@ def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespac
         module.compile(fullgraph=layer != "megablocks")
     graph = chosen.graph and chosen.device == "cuda" and layer not in ("reference", "megablocks")
     step = step_of(module, shape, chosen.device, chosen.dtype)
+    if chosen.blocks and chosen.device == "cuda":
+        step()
+        for mib in blocks_at_peak(step)[: chosen.blocks]:
+            print(f"    {mib:8.1f} MiB alive at the peak")
     seconds, peak = measure(step, chosen.device, chosen.repeats, graph)
     forward, _ = measure(
         forward_of(module, shape, chosen.device, chosen.dtype), chosen.device, chosen.repeats, graph

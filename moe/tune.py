@@ -2,7 +2,8 @@
 
     python moe/tune.py 160m 41m --kernels up rows --output tiles.jsonl
 
-Compiles all candidates side by side first. Beside them, F.grouped_mm where it does the same product.
+Compiles all candidates side by side first. Beside them, F.grouped_mm where it does the same product. up_backward is
+timed with and without the activation saved by forward, and the fastest tile of each also in place.
 """
 
 import argparse
@@ -61,7 +62,10 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
         thinner += [
             Tile(128, 32, 8, 4, 2, 8, p, early=e, registers=128) for p, e in product((4, 8), yes_or_no)
         ]
-        return found + (thinner if thin else [])
+        found += thinner if thin else []
+        # with one store less, a large tile for all registers may win again
+        found += [Tile(256, 64, 8, s, 1, 8, 8, gathered=True) for s in (3, 4) if not gated]
+        return [tile._replace(saves_activation=saves) for tile in found for saves in yes_or_no]
     if kernel in ("down", "down_backward"):
         found = [Tile(256, 64, 8, s, 1, 8, flatten=f) for s, f in product((3, 4), (False, True))]
         found += [
@@ -101,7 +105,10 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
     u = random(R, width) if gated else None
     weight_R = torch.rand(R, device="cuda")
     if kernel == "up":
-        return lambda tile: launch.up(x, token_R, w1, v1, None, None, None, table, kind, tile=tile), None
+        # the weights: where the activation is saved
+        return lambda tile: launch.up(
+            x, token_R, w1, v1, None, None, None, table, kind, weight_R=weight_R, tile=tile
+        ), None
     if kernel == "up_backward":
         # torch's product for dw2 needs the gathered rows anyhow
         free = launch.choose("dw2", x.device, dtype, D, width) is None
@@ -109,7 +116,10 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
 
         def with_gather(tile: Tile):
             x_RD = (gathered if free else launch.gather(x, token_R, end_E)) if tile.gathered else None
-            return launch.up_backward(x, token_R, w2, None, weight_R, h, u, table, kind, x_RD, tile)
+            return launch.up_backward(
+                x, token_R, w2, None, weight_R, h, u, table, kind, x_RD, tile, not tile.saves_activation,
+                tile.in_place,
+            )  # fmt: skip
 
         return with_gather, None
     if kernel == "down":
@@ -191,8 +201,19 @@ def main() -> None:
             else:
                 times.append((milliseconds_of(partial(ours, tile)), tuple(tile)))
         times.sort(key=lambda pair: pair[0])
-        torchs_own = [pair for pair in times[chosen.best :] if pair[1] == "grouped_mm"]
-        for milliseconds, what in times[: chosen.best] + torchs_own:
+        if kernel == "up_backward":
+            tiles = [Tile(*what) for _, what in times if len(what) == len(Tile._fields)]
+            for saves in (False, True):
+                fastest = next(tile for tile in tiles if tile.saves_activation == saves)._replace(
+                    in_place=True
+                )
+                times.append((milliseconds_of(partial(ours, fastest)), tuple(fastest)))
+            times.sort(key=lambda pair: pair[0])
+        told = [pair for pair in times[chosen.best :] if pair[1] == "grouped_mm"]
+        if kernel == "up_backward":  # the fastest of each way
+            ways = {Tile(*what)[-2:]: (ms, what) for ms, what in reversed(times) if isinstance(what, tuple)}
+            told += [pair for pair in ways.values() if pair not in times[: chosen.best]]
+        for milliseconds, what in times[: chosen.best] + told:
             rate = flops / milliseconds / 1e9
             print(f"{name:<9} {kernel:<13} {milliseconds:7.3f} ms {rate:6.0f} TFLOP/s {what}", flush=True)
         if chosen.output:

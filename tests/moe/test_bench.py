@@ -25,6 +25,15 @@ def test_table_and_records(tmp_path):
         assert math.isclose(row["tflops"], 64 * 2 * 2 * 192 * 768 * 2 * 3 / seconds / 1e12)
 
 
+def test_the_blocks_at_the_peak():
+    sys.path.insert(0, str(SCRIPT.parent))
+    from bench import peak_of  # type: ignore
+
+    events = [("alloc", 1, 3), ("alloc", 2, 4), ("free_requested", 1, 3), ("free_completed", 1, 3), ("alloc", 3, 2),
+              ("alloc", 1, 5), ("free_completed", 2, 4), ("alloc", 4, 1)]  # fmt: skip
+    assert peak_of([(action, address, size << 20) for action, address, size in events]) == [5, 4, 2]
+
+
 def test_unknown_shape():
     result = subprocess.run([sys.executable, SCRIPT, "42m"], capture_output=True, text=True)
     assert result.returncode == 2

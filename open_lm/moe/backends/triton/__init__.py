@@ -42,16 +42,17 @@ def load() -> None:
 def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     """y_TD: each token's sum of weight * expert(x) over its kept rows, to rounding the same as `reference`.
 
-    In bfloat16, float16 and float32 (products in tf32 where torch's are), without a host sync, compiled as one
-    graph if the layer is. What it saves for backward is the input and the experts' pre-activation (with
-    --moe-recompute the input alone; where the table of tiles says so, the activation too). float64, no tokens, and torch.func's transforms go to grouped_mm. No second
-    derivatives.
+    In bfloat16, float16 and float32 (products in tf32 where torch's own would be), without a host sync, compiled as
+    one graph if the layer is. What it saves for backward is the input and the experts' pre-activation (with
+    --moe-recompute the input alone; where the table of tiles says so, the activation too). float64, no tokens, and
+    torch.func's transforms go to grouped_mm. No second derivatives.
     """
     dtype = compute_dtype(x_TD)
     transformed = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     if dtype not in DTYPES or not len(x_TD) or not routing.token_R.shape[0] or transformed:
         return grouped_mm(x_TD, routing, mlp)
-    from open_lm.moe.backends.triton.ops import Experts, plan, rows_of
+    from open_lm.moe.backends.triton import launch
+    from open_lm.moe.backends.triton.ops import Experts, Plan, rows_of
 
     def ready(x: Tensor | None) -> Tensor | None:
         return None if x is None else align(x, dtype).contiguous()
@@ -61,7 +62,8 @@ def triton(x_TD: Tensor, routing: Routing, mlp: "ExpertMLP") -> Tensor:
     scale_R = routing.input_weight_R
     per_row = (routing.weight_R.contiguous(), None if scale_R is None else scale_R.contiguous())
     save = torch.is_grad_enabled() and not mlp.recompute
-    x_TD = align(x_TD, dtype).contiguous()
-    what = plan(x_TD, mlp.w1.shape[2], mlp.v1 is not None, save)
-    y_TD = Experts.apply(x_TD, *weights, *per_row, *rows, mlp.kind, what)
+    _, D, width = mlp.w1.shape
+    activation, in_place = launch.plan(x_TD.device, dtype, D, width, mlp.v1 is not None)
+    plan = Plan(save, save and activation, in_place)
+    y_TD = Experts.apply(align(x_TD, dtype).contiguous(), *weights, *per_row, *rows, mlp.kind, plan)
     return y_TD[:, : mlp.w2.shape[2]]

@@ -71,9 +71,10 @@ def gathers(h: Tensor, D: int, gated: bool) -> bool:
     return tile is not None and tile.gathered and tma(h.device)
 
 
-def plan(x: Tensor, width: int, gated: bool) -> tuple[bool, bool]:
+@torch.compiler.assume_constant_result  # the compiler need not look into the table
+def plan(device: torch.device, dtype: torch.dtype, D: int, width: int, gated: bool) -> tuple[bool, bool]:
     """(whether forward saves weight * activation, whether backward's dh takes the memory of h)."""
-    tile = choose("up_backward_gated" if gated else "up_backward", x.device, x.dtype, x.shape[1], width)
+    tile = choose("up_backward_gated" if gated else "up_backward", device, dtype, D, width)
     return tile is not None and tile.saves_activation, tile is not None and tile.in_place
 
 

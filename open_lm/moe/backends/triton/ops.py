@@ -56,12 +56,6 @@ class Plan(NamedTuple):
     in_place: bool
 
 
-def plan(x_TD: Tensor, width: int, gated: bool, save: bool) -> Plan:
-    """The plan of the table of tiles for these operands; to save nothing unless `save`."""
-    activation, in_place = launch.plan(x_TD, width, gated)
-    return Plan(save, save and activation, in_place)
-
-
 class Experts(torch.autograd.Function):
     """y_TD of x_TD, the weights of an ExpertMLP (w1, v1, w2, b1, c1, b2), each row's weight and its input's."""
 
@@ -89,7 +83,7 @@ class Experts(torch.autograd.Function):
 
 def _retained() -> bool:
     """Whether the graph that is in backward is to stay for another one."""
-    return not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph()
+    return not torch.compiler.is_compiling() and torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore
 
 
 @torch.library.custom_op("open_lm::moe_experts", mutates_args=())
@@ -121,7 +115,11 @@ def _(
     R, block = token_R.shape[0], block_rows(x_TD.dtype)
     saved = (save, save and v1 is not None, save_activation)
     h_u_a = (x_TD.new_empty((R, w1.shape[2]) if there else 0) for there in saved)
-    return torch.empty_like(x_TD), *h_u_a, end_E.new_empty(3 * ((R + block - 1) // block + end_E.shape[0]) + 2)
+    return (
+        torch.empty_like(x_TD),
+        *h_u_a,
+        end_E.new_empty(3 * ((R + block - 1) // block + end_E.shape[0]) + 2),
+    )
 
 
 @torch.library.custom_op("open_lm::moe_experts_backward", mutates_args=())
@@ -186,8 +184,8 @@ def _consume(saved: list[Tensor]) -> None:
     if any(not x.is_inference() and x._version for x in saved):
         raise RuntimeError(
             "backward a second time through an MoE layer of --moe-backend triton, compiled: its first backward has "
-            "overwritten what forward saved. Do without torch.compile where a graph is retained (retain_graph=True), "
-            "or use --moe-backend grouped_mm"
+            "overwritten what forward saved. Do without torch.compile where a graph is retained "
+            "(retain_graph=True), or use --moe-backend grouped_mm"
         )
     torch.autograd.graph.increment_version(saved)
 
