@@ -8,8 +8,8 @@ Routing is what a fresh router does to random tokens, or with `--routing zipf` s
 CUDA graph where the layer allows it: what the host takes to launch it does not count. TFLOP/s counts the experts'
 matrix products, 6 * tokens * k * matrices * d * width; the time has everything.
 
-`--plans` are ways of the triton backend through backward: as its table of tiles says, or `recompute` the activation,
-`save` it in forward, `+in_place`: gradients in the memory of what was saved.
+`--plans` are ways of the triton backend through backward: as its table of tiles says, or `recompute` the
+activation, `save` it in forward, `+in_place`: gradients in the memory of what was saved.
 """
 
 import argparse
