@@ -5,11 +5,11 @@
 # WRITE=1 puts the fastest tiles into the table before the layers are timed.
 set -u
 cd "$(dirname "$0")/.."
-export PYTHONPATH=$PWD PYTHON=${PYTHON:-python}
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHON=${PYTHON:-python}
 output=${1:?where to write}
 shift
 mkdir -p "$output"
-# tables may be read while the process that compiled is another
+# what `warm` compiles, `layers` finds again
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/moe_inductor} TORCHINDUCTOR_COMPILE_THREADS=2
 shapes=(${SHAPES:-160m 410m 830m olmoe qwen3_moe})
 plans=(${PLANS:-recompute recompute+in_place save+in_place})
