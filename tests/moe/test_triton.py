@@ -1,6 +1,7 @@
 """The Triton backend's kernels in Triton's interpreter, on the CPU, in float32, beside the loop over experts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,11 @@ def make_layer(compute, **options) -> MoE:
 
 def run(layer: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.clone().requires_grad_()
+    layer.zero_grad()
     y, stats = layer(x)
     (y.square().sum() + stats.loss).backward()
     assert x.grad is not None
-    gradients = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(layer.parameters()))
     return {"y": y.detach(), "x": x.grad} | gradients
 
@@ -266,6 +268,38 @@ def test_compiled_a_graph_is_consumed_once(donated, other_plan):
         with pytest.raises(RuntimeError, match=r"retain_graph=False|by an inplace operation|a second time"):  # noqa: PT012
             torch.autograd.grad(y, [x], retain_graph=True)
             torch.autograd.grad(y, [x])
+
+
+@interpreted
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch's compiler needs one of C++")
+def test_compiled_nothing_is_copied(monkeypatch):
+    """By torch's own compiler too, backward works in the very memory that forward has filled."""
+    from open_lm.moe.backends.triton import launch
+
+    small = launch.choose("up", torch.device("cpu"), torch.float32, 9, 7)
+    tile = small._replace(saves_activation=True, in_place=True)
+    monkeypatch.setattr(launch, "choose", lambda *_: tile)
+    up, up_backward, filled, read = launch.up, launch.up_backward, [], []
+
+    def watched_up(*arguments, **named):
+        found = up(*arguments, **named)
+        filled.append(found[0].data_ptr())
+        return found
+
+    def watched_backward(*arguments, **named):
+        found = up_backward(*arguments, **named)
+        read.append((arguments[5].data_ptr(), found[0].data_ptr()))
+        return found
+
+    monkeypatch.setattr(launch, "up", watched_up)
+    monkeypatch.setattr(launch, "up_backward", watched_backward)
+    torch.compiler.reset()
+    layer, x = make_layer(triton), torch.randn(20, 9)
+    wanted, ours = run(layer, x), run(torch.compile(layer, fullgraph=True), x)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(ours[name if name in ours else f"_orig_mod.{name}"], gradient)
+    assert read == [(place, place) for place in filled]
+    assert len(read) == 2
 
 
 @interpreted
