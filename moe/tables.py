@@ -354,14 +354,14 @@ def tokenizing() -> tuple[str, bool]:
     names = {"library": "tokenizers alone", "local": "--engine local", "ray": "--engine ray"}
     rows = [
         [names[case], workers, f"{r['text_bytes'] / 1e6 / r['seconds']:.2f}", f"{r['seconds']:.1f}",
-         f"{r['load_before']:.1f}"]
+         f"{r['cpu_seconds']:.1f}" if r["cpu_seconds"] else "", f"{r['load_before']:.1f}"]
         for (workers, case), r in sorted(fastest.items())
     ]  # fmt: skip
     note = (
         f"{records[-1]['text_bytes'] / 1e6:.0f} MB of text, GPT-NeoX's tokenizer, {records[-1]['cores']} cores; "
         "each a process from its start to its end, shuffling and writing included."
     )
-    return f"{markdown(['', 'workers', 'MB/s', 's', 'load before'], rows)}\n\n{note}", True
+    return f"{markdown(['', 'workers', 'MB/s', 's', 'CPU s', 'load before'], rows)}\n\n{note}", True
 
 
 def corpus() -> tuple[str, bool]:
