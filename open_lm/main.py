@@ -291,8 +291,9 @@ def train_all(
 
     def end_interval(n: int) -> None:
         last = progress.step == schedule.end_step
-        saves.end_interval(n, last)
-        if job.val_data and (last or n % run.eval.val_frequency == 0):
+        evaluates = bool(job.val_data) and (last or n % run.eval.val_frequency == 0)
+        saves.end_interval(n, last, evaluates)
+        if evaluates:
             saves.saver.before_update()  # averages take the weights' place
             evaluate_interval(n)
 

@@ -64,15 +64,18 @@ class Saves:
         """`close`, whatever ends the run: a run that was stopped has not failed, unless its save has."""
         self.close(failed=kind is not None and not issubclass(kind, StopAsked))
 
-    def end_interval(self, n: int, last: bool) -> None:
-        """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`."""
+    def end_interval(self, n: int, last: bool, evaluates: bool = False) -> None:
+        """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`;
+        its state alone where they say nothing and it is evaluated now: a crash or a stop in there loses nothing."""
         every = self.options.save_frequency
         keep = last or (every and n % every == 0)
         labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * self.options.save_most_recent
         if labels:
             self._save(labels, n)
-        else:
-            self.if_due()
+            return
+        self.if_due()
+        if evaluates and self.progress.step != self.saved_step:
+            self.save_state("it is evaluated now")
 
     def if_due(self, update: Callable[[], None] = lambda: None) -> None:
         """After a step: saves where a --save-every flag says so, and logs the saves that have ended.

@@ -1,5 +1,6 @@
 """What a run finds when it is started again: an evaluation that is owed, a damaged checkpoint, other flags."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from open_lm import checkpoint
 from open_lm.checkpoint import state
 from open_lm.main import main
+from open_lm.parallel.watch import StopAsked
 
 
 def arguments(sources: list[str], logs: Path, extra: str = "") -> list[str]:
@@ -169,6 +171,29 @@ def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None
         run(sources, tmp_path, f"--val-data {sources[2]}")
     assert steps(tmp_path) == {2}
     checkpoint.read_state(tmp_path / "run/checkpoints/epoch_1.pt")
+
+
+def stop(*_: object, **__: object) -> None:
+    raise StopAsked
+
+
+def crash(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("end", [crash, stop])
+def test_what_ends_an_evaluation_loses_nothing(sources, tmp_path, monkeypatch, capsys, end) -> None:
+    """--save-frequency leaves the interval out: its state is saved nevertheless, as it is evaluated."""
+    monkeypatch.setattr("open_lm.main.evaluate_all", end)
+    flags = f"--save-frequency 10 --val-data {sources[2]}"
+    with pytest.raises(ZeroDivisionError) if end is crash else contextlib.nullcontext():
+        run(sources, tmp_path, flags)
+    assert steps(tmp_path) == {2}
+    assert not list(tmp_path.glob("run/checkpoints/epoch_*")), "--save-frequency has asked for none"
+    monkeypatch.undo()
+    run(sources, tmp_path, f"{flags} --resume latest")
+    assert "step 2 has a checkpoint but no evaluation" in capsys.readouterr().out
+    assert [r["step"] for r in results(tmp_path)] == [2, 4]
 
 
 def test_every_nth_is_kept(sources, tmp_path) -> None:

@@ -270,13 +270,17 @@ def other_source(folder: Path) -> Path:
     27, "a crash in evaluation", "the state was saved before: nothing is lost, the evaluation is made up for"
 )
 def crash_in_evaluation(folder: Path, quick: bool) -> str:
-    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json"
-    crashed = Ranks(folder, flags, faults="fail_in_evaluation")
-    (code,) = crashed.wait()
-    assert code, "the injected error is lost"
-    again = run(folder, f"{flags} --resume latest")
-    assert resumed_step(again) == 3, again.text()
-    assert "no evaluation: evaluated now" in again.text()
-    evaluated = (folder / "run/checkpoints/results.jsonl").read_text().count('"step": 3')
-    assert evaluated == 1
-    return f"status {code}; resumed at step 3, which was evaluated then; done at step {last_step(folder)}"
+    seen = []
+    for extra in ("", "--save-frequency 10"):
+        place = folder / f"place{len(seen)}"
+        flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json {extra}"
+        crashed = Ranks(place, flags, faults="fail_in_evaluation")
+        (code,) = crashed.wait()
+        assert code, "the injected error is lost"
+        again = run(place, f"{flags} --resume latest")
+        assert resumed_step(again) == 3, again.text()
+        assert "no evaluation: evaluated now" in again.text()
+        evaluated = (place / "run/checkpoints/results.jsonl").read_text().count('"step": 3')
+        assert evaluated == 1
+        seen.append(f"status {code}; resumed at step 3, which was evaluated then; done at {last_step(place)}")
+    return f"{seen[0]}; with --save-frequency 10: {seen[1]}"

@@ -52,7 +52,7 @@ def stop_signals(folder: Path, quick: bool) -> str:
         assert resumed_step(ranks) > 0, ranks.text()
     place = folder / "evaluation"
     flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json"
-    flags += " --global-val-batch-size 2"
+    flags += " --global-val-batch-size 2 --save-frequency 10"
     ranks = Ranks(place, flags, ranks=2, faults="slow_evaluation:0.2")
     ranks.until(lambda: (place / "evaluating_0").exists())
     seen.append(f"in evaluation: {end_by(ranks, 1, signal.SIGTERM)}")
