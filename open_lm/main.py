@@ -22,11 +22,10 @@ from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
-from open_lm.config.survival import after_restart, refuse_nondeterministic
+from open_lm.config.survival import after_restart
 from open_lm.flops import FORMULA, peak_flops
-from open_lm.job import Job, prepare
+from open_lm.job import Job, folder_of, leave_later, own, prepare
 from open_lm.log import Log, logger
-from open_lm.log.owner import Owner
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
@@ -61,13 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        job = agree(lambda: prepare(run, config, given, world, notes + continued))
-        owner = agree(lambda: own(job))
+        folder, job = folder_of(run, world), None
+        owner = agree(lambda: own(run, folder, world))
         try:
-            execute(job)
+            job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
+            execute(agree(lambda: leave_later(job)))
         finally:
             if owner:
-                owner.release()
+                owner.release(leave_nothing=job is None)
     finally:
         world.watch.close()
         mesh.stop()
@@ -81,13 +81,6 @@ def command() -> None:
         redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True
     )
     record(main, Recorder())(arguments[1:])
-
-
-def own(job: Job) -> Owner | None:
-    """The run's folder, for this process alone: on rank 0. Raises ValueError where another one has it."""
-    if job.run.optim.deterministic:
-        refuse_nondeterministic(job.config)
-    return Owner(job.folder) if job.world.is_first else None
 
 
 def execute(job: Job) -> None:

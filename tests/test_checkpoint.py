@@ -1,8 +1,10 @@
 """Save and load bitwise, on any number of ranks; refuse what does not fit; survive kills and full disks."""
 
 import errno
+import itertools
 import json
 import math
+import os
 import pickle
 import re
 import resource
@@ -22,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from open_lm import checkpoint, loss, optim
-from open_lm.checkpoint import state
+from open_lm.checkpoint import files, state
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
@@ -547,6 +549,52 @@ def test_retention_between_intervals(tmp_path):
     saver.save({"step": 8}, labels=[])
     saver.wait()
     assert {p.name for p in tmp_path.glob("step_*")} == {f"step_{n}" for n in (5, 6, 7, 8)}
+
+
+def test_killed_while_it_sets_aside_what_is_abandoned(tmp_path, monkeypatch):
+    """At each rename: `latest` finishes it, and is the state that the run went back to."""
+    for number in (1, 2, 3):
+        save(tmp_path / "whole", number=number, step=number)
+    for count in itertools.count():
+        folder, left = tmp_path / str(count), [count]
+        shutil.copytree(tmp_path / "whole", folder)
+        for real in (os.rename, os.replace):
+
+            def die(*arguments, real=real, left=left):
+                if not left[0]:
+                    raise KilledError
+                left[0] -= 1
+                return real(*arguments)
+
+            monkeypatch.setattr(files.os, real.__name__, die)
+        killed = False
+        try:
+            files.set_aside(folder, 1)
+        except KilledError:
+            killed = True
+        monkeypatch.undo()
+        newest = checkpoint.latest(folder)
+        assert newest == folder / ("epoch_1.pt" if count else "epoch_3.pt"), (
+            "before the first, nothing was begun"
+        )
+        files.set_aside(folder, 1)
+        assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") == [
+            "abandoned_after_step_1", "epoch_1.pt", "step_1",
+        ]  # fmt: skip
+        names = {p.name for p in (folder / "abandoned_after_step_1").iterdir()}
+        assert names == {"epoch_2.pt", "epoch_3.pt", "step_2", "step_3"}
+        if not killed:
+            break
+    assert count == 5
+
+
+def test_states_of_later_steps_do_not_crowd_out_earlier_ones(tmp_path):
+    model, optimizer = make()
+    for step in (8, 9, 3, 4):
+        checkpoint.Saver(tmp_path, model=model, optimizer=optimizer, keep=2, in_background=False).save(
+            {"step": step}
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {"step_3", "step_4", "step_8", "step_9"}
 
 
 def test_leftovers_are_cleaned_up(tmp_path):

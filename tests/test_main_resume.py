@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from open_lm import checkpoint
 from open_lm.checkpoint import state
+from open_lm.log.owner import Owner
 from open_lm.main import main
 from open_lm.parallel.watch import StopAsked
 
@@ -196,12 +197,55 @@ def test_what_ends_an_evaluation_loses_nothing(sources, tmp_path, monkeypatch, c
     assert [r["step"] for r in results(tmp_path)] == [2, 4]
 
 
+def test_a_folder_is_owned_before_anything_in_it_is_touched(sources, trained, capsys, monkeypatch) -> None:
+    """Two starts at once: the second fetches, renames and deletes nothing."""
+    before = set(trained.rglob("*"))
+    monkeypatch.setattr("open_lm.job.find_start", crash)
+    holder = Owner(trained / "run")
+    try:
+        with pytest.raises(SystemExit):
+            run(sources, trained, "--resume latest")
+    finally:
+        holder.release()
+    assert "is in use by process" in capsys.readouterr().err
+    assert set(trained.rglob("*")) == before
+    monkeypatch.setattr("open_lm.job.find_start", lambda run, folder, _: Owner(folder))
+    with pytest.raises(SystemExit):  # while it looks for its start it holds the folder
+        run(sources, trained, "--resume latest")
+    assert "is in use by process" in capsys.readouterr().err
+
+
 def test_every_nth_is_kept(sources, tmp_path) -> None:
     extra = "--train-num-samples 128 --epochs 7 --delete-previous-checkpoint --keep-every 3"
     run(sources, tmp_path, f"{extra} --max-steps 5")
     run(sources, tmp_path, f"{extra} --resume latest")
     names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
     assert names == {f"{name}" for n in (3, 6, 7) for name in (f"epoch_{n}.pt", f"step_{n}")}
+
+
+def test_going_back_to_an_older_checkpoint_abandons_what_came_after(sources, trained, capsys) -> None:
+    """Moved, and said; `latest` is then the newest of the new branch, though its step is lower."""
+    folder = trained / "run/checkpoints"
+    extra = "--epochs 3 --train-num-samples 256 --save-every-steps 1 --keep-last-states 1 --lr 1e-3"
+    before = tensors(folder / "step_4")
+    run(sources, trained, f"{extra} --resume {folder / 'epoch_1.pt'} --max-steps 3")
+    aside = folder / "abandoned_after_step_2"
+    assert (
+        f"what this run had saved after step 2 is abandoned, and was moved to {aside}"
+        in capsys.readouterr().out
+    )
+    assert {path.name for path in aside.iterdir()} == {"epoch_2.pt", "step_4"}
+    assert tensors(aside / "step_4") == before
+    assert steps(trained) == {2, 3}
+    run(sources, trained, f"{extra} --resume latest --max-steps 5")
+    assert "resumed" in (out := capsys.readouterr().out)
+    assert "epoch_2.pt at step 3" in out
+    assert steps(trained) >= {2, 5}
+    run(sources, trained, f"{extra} --resume {folder / 'epoch_1.pt'} --max-steps 3")
+    assert (folder / "abandoned_after_step_2_2/step_5/digests.json").is_file()
+    assert not (folder / "leaving.json").exists()
+    run(sources, trained, f"{extra} --resume latest --max-steps 4")
+    assert "is abandoned" not in capsys.readouterr().out.rpartition("resumed")[2]
 
 
 def test_what_is_saved_beside_the_weights(sources, trained) -> None:

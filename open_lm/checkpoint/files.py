@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from open_lm.checkpoint.state import Shards, read_content, state_folder, states
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
 # Every file of weights: its part (of an average, its name, such as ema_0.99_1) and label.
 FILE = re.compile(r"(epoch|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
+ABANDONED = "abandoned"  # folders of what came after a step that a run was taken back to
+LEAVING = "leaving.json"  # while that is moved there
 OLD_STATE = re.compile(r"(optimizer|stats)_(\d+|latest)\.pt")  # of earlier versions
 
 
@@ -142,6 +145,8 @@ def tidy(folder: Path, step: int, keep: int) -> None:
     in_use, between = set(steps_in_use(folder).values()), 0
     for path in states(folder):
         number = int(path.name.removeprefix("step_"))
+        if number > step:
+            continue  # not this run's past: it must not crowd that out
         try:
             labels = state.read_json(path / state.CONTENT)["labels"]
         except (ValueError, KeyError):
@@ -149,6 +154,49 @@ def tidy(folder: Path, step: int, keep: int) -> None:
         between += not labels
         if number < step and number not in in_use and (labels or between > keep):
             state.delete(path)
+
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Moves what lies after `step`, which a run is about to leave by going on from there, into
+    abandoned_after_step_S (…_2, …): states, and files of weights. Where that is; None if there was nothing.
+
+    Killed half-way it is finished by `latest`: till then LEAVING says the step and the place.
+    """
+    state.finish_renames(folder)
+    found = [path for path in folder.glob("step_*") if is_after(path.name, step)]
+    for label, number in steps_in_use(folder).items():
+        if number is not None and number > step:
+            found += [path for path in folder.glob(f"*_{label}.pt") if FILE.fullmatch(path.name)]
+    if not found:
+        (folder / LEAVING).unlink(missing_ok=True)
+        return None
+    if (folder / LEAVING).is_file():
+        place = folder / state.read_json(folder / LEAVING)["place"]
+    else:
+        place = next(folder / name for name in places(step) if not (folder / name).exists())
+        state.write_json(temporary(folder / LEAVING), {"step": step, "place": place.name})
+        os.replace(temporary(folder / LEAVING), folder / LEAVING)
+    place.mkdir(exist_ok=True)
+    state.sync_folder(folder)
+    for path in found:
+        os.rename(path, place / path.name)
+    state.sync_folder(place)
+    state.sync_folder(folder)
+    (folder / LEAVING).unlink()
+    return place
+
+
+def is_after(name: str, step: int) -> bool:
+    """Whether this is the name of a state, or of an unfinished one, of a later step."""
+    match = state.NAME.fullmatch(name.removesuffix(state.TEMPORARY))
+    return match is not None and int(match[1]) > step
+
+
+def places(step: int) -> Iterator[str]:
+    """Names for `set_aside`, one after the other."""
+    first = f"{ABANDONED}_after_step_{step}"
+    yield first
+    yield from (f"{first}_{n}" for n in itertools.count(2))
 
 
 def alias(epoch: Path, label: str) -> None:
@@ -248,6 +296,8 @@ def latest(folder: Path | str) -> Path | None:
     earlier version lies there, which would otherwise be begun anew.
     """
     folder = Path(folder)
+    if (folder / LEAVING).is_file():
+        set_aside(folder, state.read_json(folder / LEAVING)["step"])
     state.finish_renames(folder)
     best = None
     for candidate in states(folder):

@@ -5,7 +5,7 @@ import os
 import threading
 from pathlib import Path
 
-from open_lm.checkpoint.files import delete, group
+from open_lm.checkpoint.files import ABANDONED, LEAVING, delete, group
 from open_lm.checkpoint.remote import CHECKPOINTS, STATE, TEMPORARY, RemoteFolder, signature
 from open_lm.checkpoint.state import CONTENT, DIGESTS
 
@@ -168,6 +168,8 @@ class Sync:
                 path = Path(parent, name)
                 relative = path.relative_to(self.folder)
                 unfinished = any(part.endswith(TEMPORARY) for part in relative.parts) or name.startswith(".")
+                # what was abandoned here was moved there too
+                unfinished |= name == LEAVING or relative.as_posix().startswith(CHECKPOINTS + ABANDONED)
                 if not unfinished and path.is_file() and not path.is_symlink():
                     files[path.relative_to(self.folder).as_posix()] = path
         return files
