@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from open_lm.checkpoint import state
+from open_lm.checkpoint import seal, state
 from open_lm.checkpoint.state import Shards, read_content, state_folder, states
 
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
@@ -104,7 +104,10 @@ def finish(folder: Path) -> Path:
     for label in content["labels"]:
         epoch = folder.parent / f"epoch_{label}.pt"
         step = step_of(epoch)
-        if step is None or step < content["step"]:
+        damaged = step == content["step"] and next(filter(None, map(_damage, _written(epoch))), None)
+        if damaged:
+            warnings.warn(f"{damaged}: made anew of {folder.name}", stacklevel=2)
+        if step is None or step < content["step"] or damaged:
             try:
                 consolidate(folder, label)
             except OSError as error:  # nothing depends on it
@@ -113,6 +116,18 @@ def finish(folder: Path) -> Path:
         if step is None or step <= content["step"]:
             found = found or epoch
     return found or folder
+
+
+def _written(epoch: Path) -> list[Path]:
+    """epoch_N.pt and its averages' files."""
+    return [path for path in paths_of(epoch, saved_averages(epoch)).values() if path.is_file()]
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        return seal.damage(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
 
 
 def group(names: Iterable[str]) -> dict[str, list[str]]:
@@ -232,13 +247,15 @@ def prepare(folder: Path) -> None:
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """To disk (fsync), and read once: that it cannot be loaded must not be found out when it is needed.
+    """To disk (fsync), sealed, and read once: that it cannot be loaded must not be found out when it is needed.
 
     Raises OSError naming the file.
     """
     try:
         with open(path, "wb") as file:
-            torch.save(content, file)
+            sealed = seal.Sealed(file)
+            torch.save(content, sealed)
+            sealed.close()
             file.flush()
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as e:
@@ -286,6 +303,16 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, not the dict of a checkpoint")
     return content
+
+
+def read_whole(path: Path) -> dict[str, Any]:
+    """`read` of a file whose every byte is what was written, where it is sealed (ours are).
+
+    ValueError naming it where it is not.
+    """
+    if damage := seal.damage(path):
+        raise ValueError(damage)
+    return read(path)
 
 
 def latest(folder: Path | str) -> Path | None:

@@ -1,0 +1,82 @@
+"""A digest inside a file of weights: the sha256 of all that comes before it, as the comment that ends a zip.
+
+It goes where the file goes (another folder, another name, a URL), and takes its place at once with it. torch, open_lm
+and zip's tools read such files as they read others. A file without one, of torch alone, has nothing to be held against.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+MARK = b"open_lm sha256 "
+LENGTH = len(MARK) + 64  # of the comment: the digest in hexadecimal
+NO_COMMENT = b"\0\0"  # how torch.save ends a file: the comment's length
+_whole: set[tuple] = set()  # what this process has read already, as it was
+
+
+class Sealed:
+    """What torch.save writes to in place of a file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest, self._held = file, hashlib.sha256(), b""
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        if len(view) < len(NO_COMMENT):
+            view = memoryview(self._held + bytes(view))
+            self._held = b""
+        self._put(self._held)
+        end = max(len(view) - len(NO_COMMENT), 0)
+        self._put(view[:end])
+        self._held = bytes(view[end:])
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        """Adds the digest; the file itself stays open."""
+        if self._held != NO_COMMENT:
+            raise RuntimeError("torch.save has written another format: its end is not that of a zip")
+        self._put(LENGTH.to_bytes(2, "little") + MARK)
+        self._file.write(self._digest.hexdigest().encode())
+
+    def _put(self, data: Any) -> None:
+        if len(data):
+            self._file.write(data)
+            self._digest.update(data)
+
+
+def digest_in(ending: bytes) -> str | None:
+    """The digest that a file's last LENGTH bytes hold; None if they hold none."""
+    return ending[len(MARK) :].decode("ascii", "replace") if ending.startswith(MARK) else None
+
+
+def read_digest(path: Path) -> str | None:
+    """The digest in a file; None if it holds none."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - LENGTH))
+        return digest_in(file.read())
+
+
+def damage(path: Path) -> str | None:
+    """How a sealed file is not what was written; None if it is, or if there is no such file, or no seal.
+
+    Reads every byte, once per process as long as the file stays as it is.
+    """
+    if not path.is_file() or (expected := read_digest(path)) is None:
+        return None
+    status = path.stat()
+    known = (str(path), status.st_size, status.st_mtime_ns, status.st_ino)
+    if known in _whole:
+        return None
+    digest, left = hashlib.sha256(), status.st_size - 64
+    with open(path, "rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 22))):
+            digest.update(block)
+            left -= len(block)
+    if digest.hexdigest() != expected:
+        return f"{path} is damaged: its sha256 is not the one that it was written with"
+    _whole.add(known)
+    return None
