@@ -362,7 +362,7 @@ def test_states_whose_names_were_swapped_are_not_loaded(tmp_path):
         assert checkpoint.latest(tmp_path) == tmp_path / "epoch_1.pt"
 
 
-EMA = Averager("ema", 0.9, 1)
+EMA = Averager("ema_0.9_1", "ema", 0.9, 1)
 
 
 def save_with_average(folder, step=2):

@@ -1,7 +1,7 @@
 """A digest inside a file of weights: the sha256 of all that comes before it, as the comment that ends a zip.
 
-It goes where the file goes (another folder, another name, a URL), and takes its place at once with it. torch, open_lm
-and zip's tools read such files as they read others. A file without one, of torch alone, has nothing to be held against.
+It goes where the file goes (another folder, another name, a URL), and takes its place together with it. torch,
+open_lm and zip's tools read such files as they read others. A file of torch's own has none, and loads as it is.
 """
 
 import hashlib
