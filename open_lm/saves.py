@@ -103,7 +103,7 @@ class Saves:
         """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
         self.job.world.watch.at("saving")
         self.saver.close(FLUSH_SECONDS if failed else None)
-        self._report()
+        self._report(last=True)
         if self.failed is not None and not failed:
             raise self.failed
 
@@ -128,15 +128,16 @@ class Saves:
         self.saved_step = progress.step
         self.due.saved(progress)
 
-    def _report(self) -> None:
-        """Logs the saves that have ended."""
+    def _report(self, last: bool = False) -> None:
+        """Logs the saves that have ended; `last`: no other will follow."""
         for save in self.saver.finished():
             self.failed = save.error
             if save.error is not None:
-                logger.warning(
-                    "step %d could not be saved: %s; training goes on, the next save tries again",
-                    save.step, save.error,
-                )  # fmt: skip
+                what = f"step {save.step} could not be saved"
+                if save.is_complete:
+                    what = f"step_{save.step} is complete, but not what belongs to it"
+                then = "" if last else "; training goes on, the next save tries again"
+                logger.warning("%s: %s%s", what, save.error, then)
                 continue
             logger.info(
                 "saved %s at step %d: %s bytes in %.1f s, the loop waited %.2f s",

@@ -159,6 +159,21 @@ def test_a_run_whose_last_save_fails_ends_with_an_error(sources, tmp_path, monke
     assert steps(tmp_path) == {2, 4}
 
 
+def test_a_last_save_that_fails_promises_no_other(sources, tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("open_lm.checkpoint.saver.consolidate", fail)
+    with pytest.raises(OSError, match="no space"):
+        run(sources, tmp_path)
+    log = (tmp_path / "run/out.log").read_text()
+    said = "is complete, but not what belongs to it: no space"
+    assert f"step_2 {said}; training goes on, the next save tries again\n" in log
+    assert f"step_4 {said}\n" in log
+    assert "could not be saved" not in log
+    assert steps(tmp_path) == {2, 4}
+
+
 def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None:
     """An evaluation that crashes right after a save began loses nothing."""
     real = state.write_shard
