@@ -73,6 +73,29 @@ def test_a_checkpoint_that_is_passed_over_is_said(sources, trained, capsys) -> N
     assert "step_4 is passed over" in (trained / "run/out.log").read_text()
 
 
+def test_damaged_weights_are_refused_by_all_that_start_from_them(sources, trained, capsys) -> None:
+    """--pretrained, evaluation and --average; `latest` makes the file anew of its state."""
+    epoch = trained / "run/checkpoints/epoch_2.pt"
+    data = bytearray(epoch.read_bytes())
+    data[len(data) // 2] ^= 1
+    epoch.write_bytes(data)
+    evaluate = f"--model open_lm_test_tiny --precision fp32 --data-key json --val-data {sources[2]} --name e"
+    for command in (
+        arguments(sources, trained / "other", f"--pretrained {epoch}"),
+        arguments(sources, trained / "other", f"--average {epoch} {epoch}"),
+        shlex.split(f"{evaluate} --global-batch-size 8 --logs {trained} --resume {epoch}"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert f"{epoch} is damaged: its sha256" in capsys.readouterr().err
+    run(sources, trained, "--resume latest")
+    assert f"{epoch} is damaged: its sha256 is not the one that it was written with: made anew of step_4" in (
+        capsys.readouterr().out
+    )
+    checkpoint.read_model_config(epoch)
+
+
 def test_what_an_older_version_wrote_is_refused(sources, trained, capsys) -> None:
     folder = trained / "run/checkpoints"
     for step in (2, 4):

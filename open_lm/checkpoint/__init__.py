@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from open_lm.averaging import Average
 from open_lm.checkpoint.average import load_averages, load_soup, path_of_average
-from open_lm.checkpoint.files import LATEST, latest, read_whole, saved_averages, state_of, step_of
+from open_lm.checkpoint.files import LATEST, latest, saved_averages, state_of, step_of
 from open_lm.checkpoint.fit import check_fit, or_zeros, read_weights
 from open_lm.checkpoint.saver import Save, Saver
+from open_lm.checkpoint.seal import read_whole
 from open_lm.checkpoint.state import CONTENT, Shards, is_state, read_content, read_json, verify
 from open_lm.checkpoint.tensors import random_state, restore_, tensors_of
 from open_lm.parallel.gather import gather_objects, on_first_rank, spread_

@@ -1,7 +1,6 @@
 """epoch_N.pt and AVERAGER_N.pt: whole weights for people and for open_lm, made of a state's shards. One process."""
 
 import contextlib
-import errno
 import itertools
 import os
 import re
@@ -9,11 +8,11 @@ import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from open_lm.checkpoint import seal, state
+from open_lm.checkpoint.seal import read, write
 from open_lm.checkpoint.state import Shards, read_content, state_folder, states
 
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
@@ -246,34 +245,6 @@ def prepare(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """To disk (fsync), sealed, and read once: that it cannot be loaded must not be found out when it is needed.
-
-    Raises OSError naming the file.
-    """
-    try:
-        with open(path, "wb") as file:
-            sealed = seal.Sealed(file)
-            torch.save(content, sealed)
-            sealed.close()
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as e:
-        cause = next((c for c in _causes(e) if isinstance(c, OSError)), None)
-        code = cause.errno if cause and cause.errno else errno.EIO
-        reason = cause.strerror if cause else str(e)
-        raise OSError(code, f"cannot write {path}: {reason}; earlier checkpoints are unchanged") from e
-    read(path)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those it came from: torch.save hides the OSError of a full disk behind its own."""
-    at: BaseException | None = error
-    while at is not None:
-        yield at
-        at = at.__cause__ or at.__context__
-
-
 def replace(paths: dict[str, Path]) -> None:
     """Let the temporary files take their places, in this order. Raises OSError naming the file."""
     for part in paths:
@@ -282,37 +253,6 @@ def replace(paths: dict[str, Path]) -> None:
         except OSError as e:
             raise OSError(e.errno, f"cannot replace {paths[part]}: {e.strerror}") from e
     state.sync_folder(paths["epoch"].parent)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """A file's dict, its tensors mapped from disk.
-
-    Raises FileNotFoundError, or ValueError if it is no checkpoint or holds more than plain data.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"no checkpoint file {path}")
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as e:
-        raise ValueError(
-            f"{path} cannot be loaded: it is damaged, no checkpoint, or holds more than plain values and "
-            f"tensors, which is refused because loading that could run code ({type(e).__name__})"
-        ) from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the dict of a checkpoint")
-    return content
-
-
-def read_whole(path: Path) -> dict[str, Any]:
-    """`read` of a file whose every byte is what was written, where it is sealed (ours are).
-
-    ValueError naming it where it is not.
-    """
-    if damage := seal.damage(path):
-        raise ValueError(damage)
-    return read(path)
 
 
 def latest(folder: Path | str) -> Path | None:

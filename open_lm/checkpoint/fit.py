@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.files import read_whole
+from open_lm.checkpoint.seal import read_whole
 from open_lm.checkpoint.state import CONTENT, Shards, read_json, verify
 from open_lm.checkpoint.tensors import tensors_of
 from open_lm.model import Transformer

@@ -114,10 +114,15 @@ class RemoteFolder:
         self.put(*files[-1])
         return True
 
+    def read(self, name: str, last: int | None = None) -> bytes:
+        """A small file's content, or its `last` bytes."""
+        with self._at(name) as (file_system, path):
+            return file_system.cat_file(path, start=None if last is None else -last)
+
     def read_json(self, name: str) -> Any:
         """A small file's content; None if it is missing or damaged."""
-        with suppress(FileNotFoundError, ValueError), self._at(name) as (file_system, path):
-            return json.loads(file_system.cat_file(path))
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads(self.read(name))
         return None
 
     def states(self) -> dict[int, list[str]]:

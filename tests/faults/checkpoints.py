@@ -137,7 +137,48 @@ def damage_newest(folder: Path, quick: bool, damage: str) -> str:
     "an error that names it; `latest` falls back, warns",
 )
 def flipped_byte(folder: Path, quick: bool) -> str:
-    return damage_newest(folder, quick, "flip")
+    seen = damage_newest(folder, quick, "flip")
+    return f"{seen}; {damaged_weights(folder)}; {other_files(folder)}"
+
+
+def damaged_weights(folder: Path) -> str:
+    """epoch_N.pt and the file of an average, by what loads them."""
+    place = folder / "weights"
+    run(place, f"{SYNTHETIC} {MOE} {steps(3, 3)} --averagers ema_0.9_1")
+    epoch, data = newest_epoch(place), f"--val-data {held_out(folder)} --data-key json"
+    average = next(epoch.parent.glob("ema_*.pt"))
+    for file, flags in (
+        (epoch, f"{SYNTHETIC} {MOE} {steps(3, 3)} --name other --pretrained {epoch}"),
+        (epoch, f"{data} --name other --resume {epoch}"),
+        (average, f"{data} --name other --resume {epoch} --averagers {average.stem.rpartition('_')[0]}"),
+    ):
+        content = file.read_bytes()
+        middle = len(content) // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+        refused = Ranks(place, flags).ends(2)
+        assert f"{file} is damaged" in refused.text(), refused.text()[-1500:]
+        file.write_bytes(content)
+    return f"{epoch.name} and {average.name}: named by --pretrained and evaluation"
+
+
+def other_files(folder: Path) -> str:
+    """A file that does not belong into the newest state, and states that have changed their names."""
+    flags, checkpoints = f"{SYNTHETIC} {MOE} {steps(3, 9)}", folder / "run/checkpoints"
+    shutil.rmtree(folder / "run")
+    run(folder, f"{flags} --max-steps 6")
+    shard = next((checkpoints / "step_3").glob("*.safetensors"))
+    shutil.copy(shard, checkpoints / "step_6/zz.safetensors")
+    again = run(folder, f"{flags} --resume latest --max-steps 4")
+    assert resumed_step(again) == 3, again.text()
+    assert "zz.safetensors" in again.text()
+    shutil.rmtree(folder / "run")
+    run(folder, f"{flags} --max-steps 6")
+    for old, new in (("step_3", "x"), ("step_6", "step_3"), ("x", "step_6")):
+        (checkpoints / old).rename(checkpoints / new)
+    again = run(folder, f"{flags} --resume latest --max-steps 4")
+    assert resumed_step(again) == 0, again.text()
+    assert "the folder's name is not its own" in again.text()
+    return "a shard of another state is passed over, and so are states with each other's names"
 
 
 @fault(8, "the newest checkpoint is truncated", "falls back, warns")
