@@ -93,7 +93,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """
     try:
         with open(path, "wb") as file:
-            sealed = Sealed(file)
+            sealed: Any = Sealed(file)
             torch.save(content, sealed)
             sealed.close()
             file.flush()
