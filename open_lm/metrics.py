@@ -62,7 +62,9 @@ class Skips:
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
         row = progress.skipped_in_a_row
-        self.counts = torch.tensor((progress.skipped_updates, progress.skipped_spikes, row, row), device=device)
+        self.counts = torch.tensor(
+            (progress.skipped_updates, progress.skipped_spikes, row, row), device=device
+        )
         self.longest_row = row
         """Skipped updates in a row at most, since the start: a row may end between two looks."""
 
@@ -72,13 +74,20 @@ class Skips:
         updates, spikes, row, longest = self.counts
         row = (row + 1) * skipped
         self.counts = torch.stack(
-            (updates + 1 - finite.long(), spikes + (finite & ~accepted).long(), row, torch.maximum(longest, row))
+            (
+                updates + 1 - finite.long(),
+                spikes + (finite & ~accepted).long(),
+                row,
+                torch.maximum(longest, row),
+            )
         )
 
     def read(self, progress: Progress) -> None:
         """Brings `progress` up to date; waits for the device."""
         counts = self.counts.tolist()
-        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row, self.longest_row = counts
+        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row, self.longest_row = (
+            counts
+        )
 
 
 class Clock:
