@@ -26,7 +26,7 @@ def refusing(every_rank: bool = False) -> Iterator[None]:
         if rank == 0 or every_rank:
             where = f"[rank {rank}] " if rank else ""
             print(f"open_lm.main: error: {where}{redact(str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error
 
 
 def agree(prepare: Callable[[], T]) -> T:
