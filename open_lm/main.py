@@ -98,21 +98,20 @@ def own(job: Job) -> Owner | None:
 def execute(job: Job) -> None:
     """Trains, or evaluates once, with a log open. Exit status 3: done, but not all is copied to --remote-sync."""
     run, world = job.run, job.world
-    log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
+    log = agree(lambda: Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug))
     total, active = count_parameters(job.config)
     written, sync, copied = checkpoints_before(job), None, True
     world.watch.folder, world.watch.tell = str(job.folder), log.failure
     mesh.record_collectives(str(job.folder))
     try:
-        log.describe(
-            flag_values(run),
-            config_text(run, job.given),
-            parameters=total,
-            active_parameters=active,
-            world_size=world.world_size,
-            device=device_name(world.device),
-            torch=torch.__version__,
-        )
+        facts = {
+            "parameters": total,
+            "active_parameters": active,
+            "world_size": world.world_size,
+            "device": device_name(world.device),
+            "torch": torch.__version__,
+        }
+        agree(lambda: log.describe(flag_values(run), config_text(run, job.given), **facts))
         if run.log.copy_codebase and world.rank == 0:
             copy_code(job.folder)
         for note in job.notes:

@@ -45,5 +45,5 @@ def agree(prepare: Callable[[], T]) -> T:
         if mesh.this_rank() == 0:
             where = f"[rank {first}] " if first else ""
             print(f"open_lm.main: error: {where}{redact(str(errors[first]))}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        raise SystemExit(2) from ValueError(errors[first])
     return result  # pyright: ignore[reportReturnType]
