@@ -118,7 +118,9 @@ def crowded_expert(folder: Path, quick: bool) -> str:
         assert expected.isfinite().all()
         worst = max(worst, ((got - expected).norm() / expected.norm().clamp_min(1e-6)).item())
     assert worst < 1e-5, worst
-    flags = f"{SYNTHETIC} --moe-freq 1 --moe-num-experts 8 --moe-top-k 1 --moe-loss-weight 0 {steps(3, 3)} --lr 1"
+    flags = (
+        f"{SYNTHETIC} --moe-freq 1 --moe-num-experts 8 --moe-top-k 1 --moe-loss-weight 0 {steps(3, 3)} --lr 1"
+    )
     place = folder / "broken"  # so large a step breaks every router
     run(place, f"{flags} --fsdp", ranks=2, faults="record_state")
     done = lines(place)
