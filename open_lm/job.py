@@ -12,6 +12,7 @@ from open_lm.checkpoint.start import Start, find_soup, find_start
 from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
+from open_lm.config.parse import changed_flags
 from open_lm.config.resolve import check_model, reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
@@ -123,6 +124,8 @@ def prepare(
         if start is not None and start.state is not None:
             if Path(start.file).parent == folder / "checkpoints":
                 refuse_other_intervals(run, start)
+            if changed := changed_flags(run, start.state["flags"]):
+                notes.append(f"{start.name} was saved with other flags: {', '.join(changed)}")
             dropped = set(start.averages) - {a.name for a in averagers}
             notes += [
                 f"{start.name} holds the average {n}: without --averagers {n} it ends here" for n in dropped

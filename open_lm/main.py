@@ -3,6 +3,7 @@
 python -m open_lm.main --help
 """
 
+import functools
 import sys
 import traceback
 from collections.abc import Sequence
@@ -43,8 +44,11 @@ from open_lm.train import train
 from open_lm.validation import evaluate_all, evaluate_average, find_owed_evaluation
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what the command line says. A contradiction in it ends the process: one message, status 2."""
+def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
+    """Runs what the command line says. A contradiction in it ends the process: one message, status 2.
+
+    `ends`: the process does nothing else afterwards; signals that come so late change its exit status no more.
+    """
     with refusing():
         run, given = parse(sys.argv[1:] if arguments is None else arguments)
         notes = check(run, given)
@@ -69,8 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if owner:
                 owner.release(leave_nothing=job is None)
     finally:
-        world.watch.close()
+        world.watch.leave_ranks()
         mesh.stop()
+        world.watch.close(ends)
 
 
 def command() -> None:
@@ -80,27 +85,26 @@ def command() -> None:
     sys.excepthook = lambda kind, error, trace: print(
         redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True
     )
-    record(main, Recorder())(arguments[1:])
+    record(functools.partial(main, ends=True), Recorder())(arguments[1:])
 
 
 def execute(job: Job) -> None:
     """Trains, or evaluates once, with a log open. Exit status 3: done, but not all is copied to --remote-sync."""
     run, world = job.run, job.world
-    log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
+    log = agree(lambda: Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug))
     total, active = count_parameters(job.config)
     written, sync, copied = checkpoints_before(job), None, True
-    world.watch.folder = str(job.folder)
+    world.watch.folder, world.watch.tell = str(job.folder), log.failure
     mesh.record_collectives(str(job.folder))
     try:
-        log.describe(
-            flag_values(run),
-            config_text(run, job.given),
-            parameters=total,
-            active_parameters=active,
-            world_size=world.world_size,
-            device=device_name(world.device),
-            torch=torch.__version__,
-        )
+        facts = {
+            "parameters": total,
+            "active_parameters": active,
+            "world_size": world.world_size,
+            "device": device_name(world.device),
+            "torch": torch.__version__,
+        }
+        agree(lambda: log.describe(flag_values(run), config_text(run, job.given), **facts))
         if run.log.copy_codebase and world.rank == 0:
             copy_code(job.folder)
         for note in job.notes:
@@ -130,7 +134,12 @@ def execute(job: Job) -> None:
             train_all(job, job.schedule, model, log, sync, written)
     except StopAsked:
         logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.why())
+    except SystemExit as end:  # `refusing` has said why
+        if end.__cause__ is not None:
+            log.failure(str(end.__cause__))
+        raise
     except Exception as error:
+        log.failure(f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise
     finally:

@@ -326,3 +326,13 @@ def test_what_is_refused(sources, trained, capsys, extra, message) -> None:
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert (trained / "run/checkpoints/epoch_1.pt").read_bytes() == before
+
+
+def test_other_flags_than_before_are_said(sources, trained, capsys) -> None:
+    run(sources, trained, "--resume latest --workers 1 --epochs 2 --log-every-n-steps 1")
+    assert "other flags" not in capsys.readouterr().out
+    run(sources, trained, "--resume latest --lr 3e-3 --wd 0.3 --warmup 2 --epochs 3")
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "other flags" in line]
+    changes = "--epochs 2 -> 3, --lr 0.01 -> 0.003, --wd 0.2 -> 0.3, --warmup 1 -> 2"
+    assert line.endswith(f"epoch_2.pt was saved with other flags: {changes}"), line

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -51,6 +51,8 @@ class Watch:
         self.folder: str | None = None
         """Where what explains a hang is written; the run's folder, once it is known."""
         self.reason = ""
+        self.tell: Callable[[str], None] = lambda text: None
+        """Keeps the reason for which the run ends by an error; the log's, once it is open."""
         self._store: dist.Store | None = None
         self._asked, self._closing = threading.Event(), threading.Event()
         self._asked_at: float | None = None
@@ -84,8 +86,13 @@ class Watch:
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread; signals do again what they did before."""
+    def leave_ranks(self) -> None:
+        """No other rank is heard or told any more, as their store goes; signals still are."""
+        self._store = None
+
+    def close(self, ends: bool = False) -> None:
+        """Ends the thread; signals do again what they did before, or, where the process `ends` now, nothing: what
+        is done stays done, and its exit status is what it is."""
         if self._thread is None:
             return
         self._closing.set()
@@ -94,9 +101,9 @@ class Watch:
         self._thread = None
         self.rest()
         if self._previous:
-            signal.set_wakeup_fd(self._previous_fd)
             for number, handler in self._previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if ends else handler)
+            signal.set_wakeup_fd(self._previous_fd)
             _in_children(())
             self._previous = {}
         self._here.close()
@@ -146,7 +153,10 @@ class Watch:
     def _follow(self, first: str) -> None:
         """Ends the process, as another rank failed first; that one prints the traceback."""
         rank, _, message = first.partition(" ")
-        say(f"[rank {self.rank}] ends, because rank {rank} failed first: {message.splitlines()[0]}")
+        reason = f"rank {rank} failed first: {message.splitlines()[0]}"
+        say(f"[rank {self.rank}] ends, because {reason}")
+        with suppress(Exception):
+            self.tell(reason)
         assert self._store is not None
         with suppress(Exception):
             self._store.add("ended", 1)

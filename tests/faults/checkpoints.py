@@ -243,7 +243,40 @@ def full_disk(folder: Path, quick: bool) -> str:
             assert code == 2, denied.text()
             subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
             seen += f"; read-only: status {code}, “{denied.text().strip().splitlines()[-1][-100:]}”"
+    if mounted:
+        inside = [
+            full_inside(folder / f"full_{number}", name, left)
+            for number, (name, left) in enumerate(
+                (("shard-", 40_000), ("state.json", 4096), ("epoch_2", 40_000))
+            )
+        ]
+        seen += f"; ENOSPC inside {', '.join(inside)}: status 1, the file is named, step 3 is as it was"
     return seen
+
+
+def full_inside(disk: Path, name: str, left: int) -> str:
+    """The disk is full once so many bytes of a file are written, in spite of any look for space before."""
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)}"
+    with small_disk(disk):
+        run(disk, f"{flags} --max-steps 3")
+        (old,) = disk.glob("run/checkpoints/epoch_1.pt")
+        before = {file: file.read_bytes() for file in (old, *files_of_newest(disk))}
+        ranks = Ranks(disk, f"{flags} --resume latest", faults=f"fill_disk_in:{name}:{left}")
+        (code,) = ranks.wait()
+        (disk / "filler").unlink()
+        text = ranks.text()
+        assert code == 1, f"{name}: status {code}\n{text[-3000:]}"
+        said = re.search(rf"cannot write (\S*/{name}\S*).*No space left on device.*unchanged", text)
+        assert said, f"{name}: {text[-3000:]}"
+        assert all(file.read_bytes() == content for file, content in before.items()), name
+        left_over = [path.name for path in disk.glob("run/checkpoints/*.tmp") if path.is_dir()]
+        assert not left_over, f"{name}: {left_over}"
+        again = run(disk, f"{flags} --resume latest")
+        # the state of step 6 is whole where epoch_2.pt alone is not, which is made up for
+        expected = 6 if name.startswith("epoch") else 3
+        assert resumed_step(again) == expected, f"{name}: {again.text()}"
+        assert newest_epoch(disk).name == "epoch_2.pt", again.text()
+        return Path(said[1]).name
 
 
 class Malicious:
