@@ -251,7 +251,7 @@ def train_all(
     assert data is not None
     optimizer = make_optimizer(model, run.optim)
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
-    progress, extra = Progress(), {}
+    progress = Progress()
     if job.start and job.start.soup:
         load_soup(job, model)
     elif job.start and job.start.state is None:
@@ -261,7 +261,7 @@ def train_all(
     elif job.start:
         with refusing():
             state = checkpoint.load_training_state(job.start.file, model, optimizer)
-        progress, extra = Progress(**state["progress"]), dict(state.get("extra", {}))
+        progress = Progress(**state["progress"])
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
         logger.info("resumed %s at step %d, %d tokens", job.start.name, progress.step, progress.tokens)
@@ -288,7 +288,7 @@ def train_all(
 
     saves = Saves(
         job, model, optimizer, progress, log,
-        loss_scale=loss_scale, averages=averages, extra=extra, sync=sync, written=written,
+        loss_scale=loss_scale, averages=averages, sync=sync, written=written,
     )  # fmt: skip
 
     def end_interval(n: int) -> None:

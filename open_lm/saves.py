@@ -24,8 +24,7 @@ from open_lm.parallel.watch import StopAsked
 class Saves:
     """Saves `job`'s state at the ends of intervals, between them, and when asked. All ranks call alike.
 
-    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint. `extra` (plain JSON)
-    is saved as it is at the time, and comes back as the state's "extra".
+    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint.
     """
 
     def __init__(
@@ -38,12 +37,11 @@ class Saves:
         *,
         loss_scale: LossScale | None,
         averages: Sequence[Average],
-        extra: dict[str, Any],
         sync: Sync | None,
         written: list[str],
     ) -> None:
         self.job, self.progress, self.log = job, progress, log
-        self.loss_scale, self.extra, self.sync, self.written = loss_scale, extra, sync, written
+        self.loss_scale, self.sync, self.written = loss_scale, sync, written
         self.options = job.run.checkpoint
         self.due = Due(self.options, progress)
         self.saved_step = progress.step if job.start and job.start.state is not None else -1
@@ -122,7 +120,6 @@ class Saves:
             "data": self.job.train_data.fingerprint(),
             "flags": flag_values(self.job.run),
             "written": list(self.written),
-            "extra": self.extra,
         }
         self.saver.save(content, number=n, labels=labels)
         self.saved_step = progress.step

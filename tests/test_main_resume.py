@@ -293,7 +293,6 @@ def test_what_is_saved_beside_the_weights(sources, trained) -> None:
     assert saved["flags"]["epochs"] == 2
     assert len(saved["data"]["sources"][0]["sha256"]) == 64, "the manifest's fingerprint"
     assert content["param_groups"][0]["betas"] == [0.9, 0.95]
-    assert saved["extra"] == {}
 
 
 def test_a_fine_tuning_run_is_started_again_by_the_same_command(sources, trained, tmp_path, capsys) -> None:
