@@ -54,7 +54,7 @@ class Watch:
         self.tell: Callable[[str], None] = lambda text: None
         """Keeps the reason for which the run ends by an error; the log's, once it is open."""
         self._store: dist.Store | None = None
-        self._asked, self._closing = threading.Event(), threading.Event()
+        self._asked, self._closing, self._resting = threading.Event(), threading.Event(), threading.Lock()
         self._asked_at: float | None = None
         self._told = self._ending = False
         self._failed_at: float | None = None
@@ -115,9 +115,10 @@ class Watch:
 
     def rest(self) -> None:
         """From now on nothing is a hang: last copies and sinks have limits of their own."""
-        if self.hang_seconds:
-            self.hang_seconds = 0.0
-            faulthandler.cancel_dump_traceback_later()
+        with self._resting:
+            if self.hang_seconds:
+                self.hang_seconds = 0.0
+                faulthandler.cancel_dump_traceback_later()
 
     def asked(self) -> bool:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
@@ -184,8 +185,8 @@ class Watch:
                 except Exception as error:  # whoever holds the store is gone
                     logger.debug("the ranks' store does not answer: %s", error)
                     self._store = None
-            if self.hang_seconds and not (self._closing.is_set() or self._ending):
-                self._look_for_hang()
+            if not (self._closing.is_set() or self._ending) and self._hangs():
+                self._end_hang()
 
     def _hear(self, number: int) -> None:
         now = time.monotonic()
@@ -219,16 +220,21 @@ class Watch:
         if store.check(["hang"]):
             self._end_hang()
 
-    def _look_for_hang(self) -> None:
-        limit = self.hang_seconds * GENEROUS.get(self.state.phase, 1)
-        # should nothing run but C code that holds Python's lock: torch and the interpreter show the stacks, and end
-        with suppress(OSError, ValueError, RuntimeError, AttributeError):
-            faulthandler.dump_traceback_later(limit + UNSTOPPABLE_SECONDS, exit=True, file=stderr())
-        if time.monotonic() - self.state.since > limit:
-            if self._store is not None:
-                self._store.set("hang", str(self.rank))
-                self._store.set("event", "hang")
-            self._end_hang()
+    def _hangs(self) -> bool:
+        """Whether this rank has made no progress for too long; the others are then told."""
+        with self._resting:  # a time limit that is set after `rest` would end a healthy process
+            if not self.hang_seconds:
+                return False
+            limit = self.hang_seconds * GENEROUS.get(self.state.phase, 1)
+            # should nothing run but C code that holds Python's lock: the interpreter shows the stacks, and ends
+            with suppress(OSError, ValueError, RuntimeError, AttributeError):
+                faulthandler.dump_traceback_later(limit + UNSTOPPABLE_SECONDS, exit=True, file=stderr())
+            if time.monotonic() - self.state.since <= limit:
+                return False
+        if self._store is not None:
+            self._store.set("hang", str(self.rank))
+            self._store.set("event", "hang")
+        return True
 
     def _end_hang(self) -> None:
         report_hang(self.rank, self.world_size, self.state, self._main, self._store, self.folder)

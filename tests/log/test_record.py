@@ -5,6 +5,8 @@ import resource
 import shlex
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -157,27 +159,30 @@ def test_copy_codebase_as_users_run_it(tmp_path) -> None:
     assert not any("__pycache__" in name for name in names(code))
 
 
-@pytest.fixture
-def small_files():
-    """No file can grow beyond 4 kB, as if the disk were full."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file can grow beyond 4 kB, as if the disk were full. Not a fixture: pytest's own output may be a file."""
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_flags_are_kept_whole_or_not_at_all(tmp_path, small_files) -> None:
-    keep_flags(tmp_path, "lr: 1\n", "lr: 1\n")
-    with pytest.raises(OSError, match=r"cannot write .*params-2.txt: File too large"):
-        keep_flags(tmp_path, "lr: 2\n" * 1000, "lr: 2\n")
+def test_flags_are_kept_whole_or_not_at_all(tmp_path) -> None:
+    with small_files():
+        keep_flags(tmp_path, "lr: 1\n", "lr: 1\n")
+        with pytest.raises(OSError, match=r"cannot write .*params-2.txt: File too large"):
+            keep_flags(tmp_path, "lr: 2\n" * 1000, "lr: 2\n")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "params.txt"]
 
 
-def test_a_full_disk_at_the_start_is_one_message(tmp_path, small_files, capsys) -> None:
+def test_a_full_disk_at_the_start_is_one_message(tmp_path, capsys) -> None:
     """The flags have more than 4 kB."""
     notes = "--wandb-notes " + "x" * 5000
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(SystemExit) as end, small_files():
         main(shlex.split(f"{RUN} --dataset-type synthetic --logs {tmp_path} --name run {notes}"))
     assert end.value.code == 2
     assert (
