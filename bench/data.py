@@ -3,10 +3,10 @@
     python bench/data.py --peers build/peers
 
 makes shards of random tokens in each library's own format, then measures every reader in fresh processes, without
-worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache, time to the first batch,
-time to the first batch at 90 % of the data, greatest resident memory; then one pass from an S3 server on loopback
-(moto, in a process of its own, whose CPU time is recorded). Peers live in a venv of their own, made on the first run.
-Prints a table and appends the numbers to bench/records/data.jsonl.
+worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache, time to the first
+batch, time to the first batch at 90 % of the data, greatest resident memory; then one pass from an S3 server on
+loopback (moto, in a process of its own, whose CPU time is recorded). Peers live in a venv of their own, made on the
+first run. Prints a table and appends the numbers to bench/records/data.jsonl.
 
 A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours shuffles everything,
 streaming and litdata shards and what is in them; webdataset does not. moto reads all of an object for every range

@@ -335,8 +335,8 @@ def reading() -> tuple[str, bool]:
         rows.append([r["reader"], *values])
     settings, (before, after) = record["settings"], record["load"]
     note = (
-        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, {settings['shards']} shards, "
-        f"batches of {settings['batch']}, no worker processes, warm page cache, "
+        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, "
+        f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
         f"best of {settings['repeats']}. S3 is a server on loopback (moto), which shares the cores and reads all "
         "of an object for each range of it. "
         f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
