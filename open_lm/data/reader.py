@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
+RANGED_SHARE = 16  # no more than a 16th of a shard's rows, and those of a batch, are read by ranges
 FETCHES = 4  # whole shards at a time, beside those that are read ahead
 
 Reader = ShardReader | BinarySequences
@@ -103,6 +104,10 @@ class OpenShards:
         for future in finding:
             if (ranged := future.result()) is not None:
                 self.put(ranged)
+        for shard in sequences:  # who is faster than the fetch waits: requests, and their bytes, stay few
+            reader = self.readers.get(shard.url)
+            if isinstance(reader, RangedShard) and len(reader.given) > reader.layout.count // RANGED_SHARE:
+                self.replace(reader)
         readers = [
             (reader, sequences[shard])
             for shard in sequences
