@@ -330,17 +330,19 @@ def reading() -> tuple[str, bool]:
             f"{local['tokens_per_cpu_second'] / 1e6:.0f}", f"{local['first_batch_seconds']:.2f}",
             f"{resume['first_batch_seconds']:.2f}", f"{local['peak_bytes'] / 1e6:.0f}",
             f"{s3['first_batch_seconds']:.2f}" if s3 else "failed", f"{whole:.1f}" if s3 else "",
+            f"{s3['server_cpu_seconds']:.1f}" if s3 else "",
         )  # fmt: skip
         rows.append([r["reader"], *values])
     settings, (before, after) = record["settings"], record["load"]
     note = (
-        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids in one shard, "
-        f"batches of {settings['batch']}, no worker processes, warm page cache, "
-        f"best of {settings['repeats']}. S3 is a server on loopback (moto), which takes part of the CPU. "
+        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, "
+        f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
+        f"best of {settings['repeats']}. S3 is a server on loopback (moto), which shares the cores and reads all "
+        "of an object for each range of it. "
         f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
-            "S3: whole pass, s"]  # fmt: skip
+            "S3: whole pass, s", "of it the server's CPU, s"]  # fmt: skip
     return f"{markdown(head, rows)}\n\n{note}", True
 
 
