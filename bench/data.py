@@ -6,15 +6,17 @@ makes shards of random tokens in each library's own format, then measures every 
 worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache, time to the first
 batch, time to the first batch at 90 % of the data, greatest resident memory; then one pass from an S3 server on
 loopback (moto, in a process of its own, whose CPU time is recorded). Peers live in a venv of their own, made on the
-first run. Prints a table and appends the numbers to bench/records/data.jsonl.
+first run. At last, how long a loop waits for our batches that takes `rate` tokens/s, with one worker process, as in
+training. Prints a table and appends the numbers to bench/records/data.jsonl.
 
 A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours shuffles everything,
 streaming and litdata shards and what is in them; webdataset does not. moto reads all of an object for every range
-of it, so ranges cost more CPU than a real server's.
+of it, so ranges cost more CPU than a real server's; --server takes another one.
 """
 
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -54,6 +56,12 @@ class BenchConfig:
 
     repeats: int = 3
     """Fresh processes for each local measurement; the best is kept."""
+
+    rate: int = 1_500_000
+    """Tokens/s of the loop that waits for batches."""
+
+    server: str = "moto.server"
+    """The S3 server: what starts it, with {port}; a module without arguments is Python's, as moto's is."""
 
     record: Path | None = ROOT / "bench" / "records" / "data.jsonl"
     """File that the numbers are appended to."""
@@ -243,6 +251,29 @@ def measure(task: dict) -> dict:
     }
 
 
+def wait(task: dict) -> dict:
+    """How long a loop waits for our batches that takes `rate` tokens/s, after the first one."""
+    import torch
+
+    from open_lm.config import DataConfig
+    from open_lm.data.loader import TrainData
+
+    torch.set_num_threads(1)
+    config = DataConfig(dataset_manifest=(f"{task['where']}/ours/manifest.jsonl",), workers=1)
+    data = TrainData(config, task["seq_len"], 50_432, 0, 1, task["batch"], 0)
+    batches = data.batches(0, task["sequences"] // task["batch"])
+    next(batches)
+    started, waited, longest, steps = time.perf_counter(), 0.0, 0.0, 0
+    while True:
+        time.sleep(task["batch"] * task["seq_len"] / task["rate"])
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            break
+        seconds = time.perf_counter() - asked
+        waited, longest, steps = waited + seconds, max(longest, seconds), steps + 1
+    return {"share": waited / (asked - started), "longest_seconds": longest, "steps": steps}
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of those it has waited for."""
     times = os.times()
@@ -270,7 +301,7 @@ def make_peers(folder: Path) -> Path:
     return python.absolute()
 
 
-def serve(folder: Path) -> subprocess.Popen:
+def serve(folder: Path, command: str) -> subprocess.Popen:
     """An S3 server on loopback, a process, that holds the folder's files; sets AWS_* for this process and its
     children."""
     import boto3
@@ -279,10 +310,12 @@ def serve(folder: Path) -> subprocess.Popen:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = shlex.split(command.format(port=port))
+    if len(command) == 1:
+        command = [sys.executable, "-m", *command, "-H", "127.0.0.1", "-p", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "bench",
-                   "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "S3RVER",
+                   "AWS_SECRET_ACCESS_KEY": "S3RVER", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
     client = boto3.client("s3", config=Config(retries={"total_max_attempts": 20, "mode": "standard"}))
     client.create_bucket(Bucket=BUCKET, ACL="public-read")
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -324,7 +357,7 @@ def compare(config: BenchConfig) -> list[dict]:
             row["error"] = str(error)[-800:]
         rows.append(row)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    server = serve(folder)
+    server = serve(folder, config.server)
     try:
         for row in rows:
             plan = task | {"reader": row["reader"], "where": f"s3://{BUCKET}", "first": 0}
@@ -371,21 +404,39 @@ def main() -> None:
     config = tyro.cli(BenchConfig)
     load = [os.getloadavg()[0]]
     rows = compare(config)
+    sizes = {key: getattr(config, key) for key in ("sequences", "seq_len", "batch", "rate")}
+    task = sizes | {"reader": "ours", "where": str(config.folder.absolute())}
+    waiting = run_child(Path(sys.executable), "wait", task)
     load.append(os.getloadavg()[0])
     print(show(rows))
+    print(
+        f"A loop that takes {config.rate / 1e6:g} M tokens/s waits for {waiting['share']:.3%} of its time, at most "
+        f"{waiting['longest_seconds'] * 1000:.1f} ms of {config.batch * config.seq_len / config.rate * 1000:.0f}"
+    )
     for row in rows:
         for error in (row.get(name) for name in ("error", "s3_error")):
             if error:
                 print(f"{row['reader']}: {error}", file=sys.stderr)
     if config.record is not None:
         settings = {key: value for key, value in asdict(config).items() if isinstance(value, int)}
+        settings["server"] = "moto" if config.server == "moto.server" else Path(config.server.split()[0]).name
         rows = [{key: value for key, value in row.items() if "error" not in key} for row in rows]
-        record = {"settings": settings, "cores": os.cpu_count(), "load": load, "rows": rows}
+        record = {
+            "settings": settings,
+            "cores": os.cpu_count(),
+            "load": load,
+            "rows": rows,
+            "waiting": waiting,
+        }
         with open(config.record, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-ACTIONS = {"write": lambda task: globals()[f"write_{task['reader']}"](task) or {}, "measure": measure}
+ACTIONS = {
+    "write": lambda task: globals()[f"write_{task['reader']}"](task) or {},
+    "measure": measure,
+    "wait": wait,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in ACTIONS:

@@ -337,9 +337,10 @@ def reading() -> tuple[str, bool]:
     note = (
         f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, "
         f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
-        f"best of {settings['repeats']}. S3 is a server on loopback (moto), which shares the cores and reads all "
-        "of an object for each range of it. "
-        f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
+        f"best of {settings['repeats']}. S3 is a server on loopback ({settings['server']}), which shares "
+        f"the cores. A loop that takes {settings['rate'] / 1e6:g} M tokens/s, with a worker process, waits for our "
+        f"batches {record['waiting']['share']:.2%} of its time. {record['cores']} cores, "
+        f"load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
             "S3: whole pass, s", "of it the server's CPU, s"]  # fmt: skip
