@@ -30,12 +30,13 @@ from open_lm.log import Log, logger
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
+from open_lm.nn.attention import kernel_of
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.determinism import make_deterministic
 from open_lm.parallel.gather import on_first_rank
 from open_lm.parallel.launch import count_restarts, find_ranks
-from open_lm.parallel.plan import parallelize
+from open_lm.parallel.plan import compute_dtype, parallelize
 from open_lm.parallel.process import Recorder, hide_arguments
 from open_lm.parallel.refusal import agree, refusing
 from open_lm.parallel.watch import StopAsked
@@ -113,6 +114,9 @@ def execute(job: Job) -> None:
             f"{job.folder} | {run.model.model}: {total:,} parameters, {active:,} active | "
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
+        dtype = compute_dtype(run.distributed, run.optim.precision)
+        kernel, name = kernel_of(job.config, world.device, dtype), str(dtype).removeprefix("torch.")
+        logger.info(f"attention's kernel: {kernel}, in {name}")
         if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)

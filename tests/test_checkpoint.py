@@ -651,6 +651,8 @@ def test_killed_while_it_sets_aside_what_is_abandoned(tmp_path, monkeypatch):
     """At each rename: `latest` finishes it, and is the state that the run went back to."""
     for number in (1, 2, 3):
         save(tmp_path / "whole", number=number, step=number)
+    evaluated = [f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3)]
+    (tmp_path / "whole/results.jsonl").write_text("".join([*evaluated, "a user's note\n"]))
     for count in itertools.count():
         folder, left = tmp_path / str(count), [count]
         shutil.copytree(tmp_path / "whole", folder)
@@ -675,13 +677,16 @@ def test_killed_while_it_sets_aside_what_is_abandoned(tmp_path, monkeypatch):
         )
         files.set_aside(folder, 1)
         assert sorted(p.name for p in folder.iterdir() if p.suffix != ".tmp") == [
-            "abandoned_after_step_1", "epoch_1.pt", "step_1",
+            "abandoned_after_step_1", "epoch_1.pt", "results.jsonl", "step_1",
         ]  # fmt: skip
-        names = {p.name for p in (folder / "abandoned_after_step_1").iterdir()}
-        assert names == {"epoch_2.pt", "epoch_3.pt", "step_2", "step_3"}
+        assert (folder / "results.jsonl").read_text() == f"{evaluated[0]}a user's note\n"
+        place = folder / "abandoned_after_step_1"
+        names = {p.name for p in place.iterdir()}
+        assert names == {"epoch_2.pt", "epoch_3.pt", "results.jsonl", "step_2", "step_3"}
+        assert (place / "results.jsonl").read_text() == "".join(evaluated[1:])
         if not killed:
             break
-    assert count == 5
+    assert count == 7
 
 
 def test_states_of_later_steps_do_not_crowd_out_earlier_ones(tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an
 FILE = re.compile(r"(epoch|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
 ABANDONED = "abandoned"  # folders of what came after a step that a run was taken back to
 LEAVING = "leaving.json"  # while that is moved there
+RESULTS = "results.jsonl"  # what evaluations of the checkpoints found
 OLD_STATE = re.compile(r"(optimizer|stats)_(\d+|latest)\.pt")  # of earlier versions
 
 
@@ -172,7 +174,8 @@ def tidy(folder: Path, step: int, keep: int) -> None:
 
 def set_aside(folder: Path, step: int) -> Path | None:
     """Moves what lies after `step`, which a run is about to leave by going on from there, into
-    abandoned_after_step_S (…_2, …): states, and files of weights. Where that is; None if there was nothing.
+    abandoned_after_step_S (…_2, …): states, files of weights, and their results. Where that is; None if there was
+    nothing.
 
     Killed half-way it is finished by `latest`: till then LEAVING says the step and the place.
     """
@@ -181,7 +184,8 @@ def set_aside(folder: Path, step: int) -> Path | None:
     for label, number in steps_in_use(folder).items():
         if number is not None and number > step:
             found += [path for path in folder.glob(f"*_{label}.pt") if FILE.fullmatch(path.name)]
-    if not found:
+    past, later = divide_results(folder / RESULTS, step)
+    if not found and not later:
         (folder / LEAVING).unlink(missing_ok=True)
         return None
     if (folder / LEAVING).is_file():
@@ -194,10 +198,33 @@ def set_aside(folder: Path, step: int) -> Path | None:
     state.sync_folder(folder)
     for path in found:
         os.rename(path, place / path.name)
+    if later:
+        write_lines(place / RESULTS, later)
+        write_lines(folder / RESULTS, past)
     state.sync_folder(place)
     state.sync_folder(folder)
     (folder / LEAVING).unlink()
     return place
+
+
+def divide_results(path: Path, step: int) -> tuple[list[str], list[str]]:
+    """The lines of results.jsonl up to a step, and those of later ones."""
+    parts: tuple[list[str], list[str]] = [], []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            parts[json.loads(line).get("step", 0) > step].append(line)
+            continue
+        parts[0].append(line)  # not ours
+    return parts
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Atomically."""
+    with open(temporary(path), "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary(path), path)
 
 
 def is_after(name: str, step: int) -> bool:

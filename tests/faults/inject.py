@@ -158,8 +158,8 @@ def touch_files(action: Callable[[int, str], None]) -> None:
         setattr(os, name, touch)
 
 
-def kill_at_file(number: str) -> None:
-    """SIGKILL at the n-th touch of a file; `touched` lists them."""
+def kill_at_file(number: str, rank: str = "0") -> None:
+    """SIGKILL at the rank's n-th touch of a file; `touched` lists them."""
 
     def action(count: int, name: str) -> None:
         with open(INTO / "touched", "a") as file:
@@ -167,7 +167,8 @@ def kill_at_file(number: str) -> None:
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    touch_files(action)
+    if int(rank) == RANK:
+        touch_files(action)
 
 
 def fill_disk_in(name: str, left: str) -> None:
