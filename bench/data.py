@@ -257,11 +257,14 @@ def wait(task: dict) -> dict:
 
     from open_lm.config import DataConfig
     from open_lm.data.loader import TrainData
+    from open_lm.data.waiting import waiting
 
     torch.set_num_threads(1)
     config = DataConfig(dataset_manifest=(f"{task['where']}/ours/manifest.jsonl",), workers=1)
     data = TrainData(config, task["seq_len"], 50_432, 0, 1, task["batch"], 0)
-    batches = data.batches(0, task["sequences"] // task["batch"])
+    batches = waiting(
+        data.batches(0, task["sequences"] // task["batch"]), lambda: False
+    )  # as the training loop
     next(batches)
     started, waited, longest, steps = time.perf_counter(), 0.0, 0.0, 0
     while True:
