@@ -175,7 +175,7 @@ def test_qk_norm_is_over_all_heads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernel_that_is_said_is_the_one_that_runs(changes, dtype):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = ModelConfig(dim=32, n_heads=2, seq_len=8, **changes)
+    config = replace(CONFIG, dim=32, n_heads=2, seq_len=8, **changes)
     attention = Attention(config).to(device, dtype).train()
     documents = find_documents(torch.tensor([[1, 0, 2, 3, 4, 0, 5, 6]]), 0).to(device)
     x_BSD = torch.randn(1, 8, 32, device=device, dtype=dtype)
@@ -187,5 +187,5 @@ def test_the_kernel_that_is_said_is_the_one_that_runs(changes, dtype):
 
 
 def test_other_attentions_are_said_by_their_names():
-    config = ModelConfig(attn_name="custom_attn")
+    config = replace(CONFIG, attn_name="custom_attn")
     assert kernel_of(config, torch.device("cpu"), torch.float32) == "custom_attn"
