@@ -15,7 +15,7 @@ demo: $(VENV)/installed
 	$(BIN)/python moe/demo.py
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal --durations 20
 
 faults: $(VENV)/installed-dev
 	$(BIN)/python -m tests.faults $(if $(ONLY),--only $(ONLY))

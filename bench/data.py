@@ -2,20 +2,23 @@
 
     python bench/data.py --peers build/peers
 
-makes one large shard of random tokens in each library's own format, then measures every reader in fresh
-processes, without worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache,
-time to the first batch, time to the first batch at 90 % of the data, greatest resident memory; then one pass from
-an S3 server on loopback (moto). Peers live in a venv of their own, made on the first run. Prints a table and
-appends the numbers to bench/records/data.jsonl.
+makes shards of random tokens in each library's own format, then measures every reader in fresh processes, without
+worker processes (so: per core): tokens/s of CPU time and of wall time in a warm page cache, time to the first
+batch, time to the first batch at 90 % of the data, greatest resident memory; then one pass from an S3 server on
+loopback (moto, in a process of its own, whose CPU time is recorded). Peers live in a venv of their own, made on the
+first run. At last, how long a loop waits for our batches that takes `rate` tokens/s, with one worker process, as in
+training. Prints a table and appends the numbers to bench/records/data.jsonl.
 
-A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours, streaming and litdata
-shuffle the whole shard; webdataset does not.
+A batch is int64 inputs and targets, shuffled where a reader can without reading ahead: ours shuffles everything,
+streaming and litdata shards and what is in them; webdataset does not. moto reads all of an object for every range
+of it, so ranges cost more CPU than a real server's; --server takes another one.
 """
 
 import json
-import logging
 import os
+import shlex
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -39,8 +42,11 @@ class BenchConfig:
     peers: Path = Path("build/peers")
     """Virtual environment of the other libraries, made if it is not there."""
 
-    sequences: int = 65_536
-    """In one shard."""
+    sequences: int = 32_768
+    """In all shards."""
+
+    shards: int = 8
+    """Files that they are divided among."""
 
     seq_len: int = 2048
     """Tokens the model sees; a stored sequence has one more."""
@@ -50,6 +56,12 @@ class BenchConfig:
 
     repeats: int = 3
     """Fresh processes for each local measurement; the best is kept."""
+
+    rate: int = 1_500_000
+    """Tokens/s of the loop that waits for batches."""
+
+    server: str = "moto.server"
+    """The S3 server: what starts it, with {port}; a module without arguments is Python's, as moto's is."""
 
     record: Path | None = ROOT / "bench" / "records" / "data.jsonl"
     """File that the numbers are appended to."""
@@ -73,7 +85,7 @@ def tokens_of(i: int, source: Any):
 def write_ours(task: dict) -> None:
     from open_lm.tokenize.shard_writer import write_shards
 
-    write_shards(Path(task["folder"], "ours"), make_tokens(task), task["sequences"], "u16")
+    write_shards(Path(task["folder"], "ours"), make_tokens(task), task["sequences"] // task["shards"], "u16")
 
 
 def write_streaming(task: dict) -> None:
@@ -81,7 +93,8 @@ def write_streaming(task: dict) -> None:
 
     columns = {"tokens": f"ndarray:uint16:{task['seq_len'] + 1}"}
     target = str(Path(task["folder"], "streaming"))
-    with MDSWriter(out=target, columns=columns, size_limit=2**31) as writer:
+    limit = task["sequences"] // task["shards"] * (task["seq_len"] + 1) * 2 * 102 // 100
+    with MDSWriter(out=target, columns=columns, size_limit=limit) as writer:
         for tokens_L in make_tokens(task):
             writer.write({"tokens": tokens_L})
 
@@ -96,7 +109,7 @@ def write_litdata(task: dict) -> None:
         functools.partial(tokens_of, source=make_tokens(task)),
         list(range(task["sequences"])),
         str(Path(task["folder"], "litdata")),
-        chunk_size=length * task["sequences"],
+        chunk_size=length * (task["sequences"] // task["shards"]),
         num_workers=1,
         item_loader=TokensLoader(block_size=length),
     )
@@ -130,7 +143,7 @@ def read_webdataset(task: dict, where: str, first: int):
     import numpy as np
     import webdataset
 
-    url = f"{where}/ours/shard_00000000.tar"
+    url = f"{where}/ours/shard_{{00000000..{task['shards'] - 1:08d}}}.tar"
     if where.startswith("s3://"):
         url = f"pipe:curl -s {os.environ['AWS_ENDPOINT_URL']}/{url.removeprefix('s3://')}"
     samples = iter(webdataset.WebDataset(url, shardshuffle=False))
@@ -175,6 +188,10 @@ def read_streaming(task: dict, where: str, first: int):
 
 def read_litdata(task: dict, where: str, first: int):
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
+    from litdata.streaming import downloader
+
+    # Its S3 client in Rust refuses http:// unless told otherwise, and litdata has no option for that.
+    downloader._OBSTORE_CLIENT_OPTIONS["allow_http"] = "true"
 
     def make():
         options = {"endpoint_url": os.environ["AWS_ENDPOINT_URL"]} if where.startswith("s3://") else {}
@@ -234,6 +251,32 @@ def measure(task: dict) -> dict:
     }
 
 
+def wait(task: dict) -> dict:
+    """How long a loop waits for our batches that takes `rate` tokens/s, after the first one."""
+    import torch
+
+    from open_lm.config import DataConfig
+    from open_lm.data.loader import TrainData
+    from open_lm.data.waiting import waiting
+
+    torch.set_num_threads(1)
+    config = DataConfig(dataset_manifest=(f"{task['where']}/ours/manifest.jsonl",), workers=1)
+    data = TrainData(config, task["seq_len"], 50_432, 0, 1, task["batch"], 0)
+    batches = waiting(
+        data.batches(0, task["sequences"] // task["batch"]), lambda: False
+    )  # as the training loop
+    next(batches)
+    started, waited, longest, steps = time.perf_counter(), 0.0, 0.0, 0
+    while True:
+        time.sleep(task["batch"] * task["seq_len"] / task["rate"])
+        asked = time.perf_counter()
+        if next(batches, None) is None:
+            break
+        seconds = time.perf_counter() - asked
+        waited, longest, steps = waited + seconds, max(longest, seconds), steps + 1
+    return {"share": waited / (asked - started), "longest_seconds": longest, "steps": steps}
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of those it has waited for."""
     times = os.times()
@@ -261,19 +304,22 @@ def make_peers(folder: Path) -> Path:
     return python.absolute()
 
 
-def serve(folder: Path):
-    """An S3 server on loopback that holds the folder's files; sets AWS_* for this process and its children."""
+def serve(folder: Path, command: str) -> subprocess.Popen:
+    """An S3 server on loopback, a process, that holds the folder's files; sets AWS_* for this process and its
+    children."""
     import boto3
-    from moto.server import ThreadedMotoServer
+    from botocore.config import Config
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    os.environ |= {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "bench",
-                   "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1",
-                   "AWS_ALLOW_HTTP": "true"}  # fmt: skip
-    client = boto3.client("s3")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = shlex.split(command.format(port=port))
+    if len(command) == 1:
+        command = [sys.executable, "-m", *command, "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ |= {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", "AWS_ACCESS_KEY_ID": "S3RVER",
+                   "AWS_SECRET_ACCESS_KEY": "S3RVER", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+    client = boto3.client("s3", config=Config(retries={"total_max_attempts": 20, "mode": "standard"}))
     client.create_bucket(Bucket=BUCKET, ACL="public-read")
     for path in (path for path in folder.rglob("*") if path.is_file()):
         key = str(path.relative_to(folder))
@@ -281,11 +327,17 @@ def serve(folder: Path):
     return server
 
 
+def cpu_seconds_of(process: int) -> float:
+    """CPU time of a running process and its threads."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def compare(config: BenchConfig) -> list[dict]:
     """All measurements of all readers; a reader that fails has an `error` in place of numbers."""
     folder = config.folder.absolute()
     pythons = dict.fromkeys(READERS, make_peers(config.peers)) | {"ours": Path(sys.executable)}
-    sizes = {"sequences": config.sequences, "seq_len": config.seq_len, "batch": config.batch}
+    sizes = {key: getattr(config, key) for key in ("sequences", "shards", "seq_len", "batch")}
     task: dict = sizes | {"folder": str(folder), "cache": str(folder / "cache")}
     for reader in ("ours", "streaming", "litdata"):
         if not (folder / reader).exists():
@@ -308,14 +360,22 @@ def compare(config: BenchConfig) -> list[dict]:
             row["error"] = str(error)[-800:]
         rows.append(row)
     shutil.rmtree(folder / "cache", ignore_errors=True)
-    server = serve(folder)
-    for row in rows:
-        plan = task | {"reader": row["reader"], "where": f"s3://{BUCKET}", "first": 0, "tokens": everything}
-        try:
-            row["s3"] = run_child(pythons[row["reader"]], "measure", plan)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
-            row["s3_error"] = str(error)[-800:]
-    server.stop()
+    server = serve(folder, config.server)
+    try:
+        for row in rows:
+            plan = task | {"reader": row["reader"], "where": f"s3://{BUCKET}", "first": 0}
+            try:
+                # The server's share of the first batch: of a process that reads no more.
+                for name, tokens in (("s3_first", 1), ("s3", everything)):
+                    shutil.rmtree(folder / "cache", ignore_errors=True)
+                    before = cpu_seconds_of(server.pid)
+                    row[name] = run_child(pythons[row["reader"]], "measure", plan | {"tokens": tokens})
+                    row[name]["server_cpu_seconds"] = cpu_seconds_of(server.pid) - before
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                row["s3_error"] = str(error)[-800:]
+    finally:
+        server.kill()
+        server.wait()
     return rows
 
 
@@ -323,8 +383,8 @@ def show(rows: list[dict]) -> str:
     """The numbers as a table."""
     lines = [
         "| reader | M tokens/s a core | M tokens/s, wall | first batch, s | at 90 %, s | peak MB "
-        "| S3: first batch, s | S3: whole pass, s |",
-        "|-|-:|-:|-:|-:|-:|-:|-:|",
+        "| S3: first batch, s | S3: whole pass, s | of it the server's CPU, s |",
+        "|-|-:|-:|-:|-:|-:|-:|-:|-:|",
     ]
     for row in rows:
         local, resume, s3 = (row.get(name, {}) for name in ("local", "resume", "s3"))
@@ -333,6 +393,7 @@ def show(rows: list[dict]) -> str:
             local.get("first_batch_seconds", 0), resume.get("first_batch_seconds", 0),
             local.get("peak_bytes", 0) / 1e6, s3.get("first_batch_seconds", 0),
             s3.get("first_batch_seconds", 0) + s3["tokens"] / s3["tokens_per_second"] if s3 else 0,
+            s3.get("server_cpu_seconds", 0),
         ]  # fmt: skip
         lines.append(
             f"| {row['reader']} | " + " | ".join(f"{cell:.3g}" if cell else "–" for cell in cells) + " |"
@@ -346,21 +407,39 @@ def main() -> None:
     config = tyro.cli(BenchConfig)
     load = [os.getloadavg()[0]]
     rows = compare(config)
+    sizes = {key: getattr(config, key) for key in ("sequences", "seq_len", "batch", "rate")}
+    task = sizes | {"reader": "ours", "where": str(config.folder.absolute())}
+    waiting = run_child(Path(sys.executable), "wait", task)
     load.append(os.getloadavg()[0])
     print(show(rows))
+    print(
+        f"A loop that takes {config.rate / 1e6:g} M tokens/s waits for {waiting['share']:.3%} of its time, at most "
+        f"{waiting['longest_seconds'] * 1000:.1f} ms of {config.batch * config.seq_len / config.rate * 1000:.0f}"
+    )
     for row in rows:
         for error in (row.get(name) for name in ("error", "s3_error")):
             if error:
                 print(f"{row['reader']}: {error}", file=sys.stderr)
     if config.record is not None:
         settings = {key: value for key, value in asdict(config).items() if isinstance(value, int)}
+        settings["server"] = "moto" if config.server == "moto.server" else Path(config.server.split()[0]).name
         rows = [{key: value for key, value in row.items() if "error" not in key} for row in rows]
-        record = {"settings": settings, "cores": os.cpu_count(), "load": load, "rows": rows}
+        record = {
+            "settings": settings,
+            "cores": os.cpu_count(),
+            "load": load,
+            "rows": rows,
+            "waiting": waiting,
+        }
         with open(config.record, "a") as file:
             file.write(json.dumps(record) + "\n")
 
 
-ACTIONS = {"write": lambda task: globals()[f"write_{task['reader']}"](task) or {}, "measure": measure}
+ACTIONS = {
+    "write": lambda task: globals()[f"write_{task['reader']}"](task) or {},
+    "measure": measure,
+    "wait": wait,
+}
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] in ACTIONS:

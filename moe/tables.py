@@ -330,17 +330,20 @@ def reading() -> tuple[str, bool]:
             f"{local['tokens_per_cpu_second'] / 1e6:.0f}", f"{local['first_batch_seconds']:.2f}",
             f"{resume['first_batch_seconds']:.2f}", f"{local['peak_bytes'] / 1e6:.0f}",
             f"{s3['first_batch_seconds']:.2f}" if s3 else "failed", f"{whole:.1f}" if s3 else "",
+            f"{s3['server_cpu_seconds']:.1f}" if s3 else "",
         )  # fmt: skip
         rows.append([r["reader"], *values])
     settings, (before, after) = record["settings"], record["load"]
     note = (
-        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids in one shard, "
-        f"batches of {settings['batch']}, no worker processes, warm page cache, "
-        f"best of {settings['repeats']}. S3 is a server on loopback (moto), which takes part of the CPU. "
-        f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
+        f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, "
+        f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
+        f"best of {settings['repeats']}. S3 is a server on loopback ({settings['server']}), which shares "
+        f"the cores. A loop that takes {settings['rate'] / 1e6:g} M tokens/s, with a worker process, waits for our "
+        f"batches {record['waiting']['share']:.2%} of its time. {record['cores']} cores, "
+        f"load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
-            "S3: whole pass, s"]  # fmt: skip
+            "S3: whole pass, s", "of it the server's CPU, s"]  # fmt: skip
     return f"{markdown(head, rows)}\n\n{note}", True
 
 
@@ -354,14 +357,14 @@ def tokenizing() -> tuple[str, bool]:
     names = {"library": "tokenizers alone", "local": "--engine local", "ray": "--engine ray"}
     rows = [
         [names[case], workers, f"{r['text_bytes'] / 1e6 / r['seconds']:.2f}", f"{r['seconds']:.1f}",
-         f"{r['load_before']:.1f}"]
+         f"{r['cpu_seconds']:.1f}" if r["cpu_seconds"] else "", f"{r['load_before']:.1f}"]
         for (workers, case), r in sorted(fastest.items())
     ]  # fmt: skip
     note = (
         f"{records[-1]['text_bytes'] / 1e6:.0f} MB of text, GPT-NeoX's tokenizer, {records[-1]['cores']} cores; "
         "each a process from its start to its end, shuffling and writing included."
     )
-    return f"{markdown(['', 'workers', 'MB/s', 's', 'load before'], rows)}\n\n{note}", True
+    return f"{markdown(['', 'workers', 'MB/s', 's', 'CPU s', 'load before'], rows)}\n\n{note}", True
 
 
 def corpus() -> tuple[str, bool]:

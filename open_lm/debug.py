@@ -41,14 +41,17 @@ def end_skipping(
     loss_scale: float,
     samples: Sequence[str],
     limit: int,
+    row: int,
 ) -> None:
-    """RuntimeError on all ranks, once the step just done, done `again`, is in the folder. Collective."""
+    """RuntimeError on all ranks, once the step just done, done `again`, is in the folder; `row` updates were
+    skipped in a row, up to that step or shortly before. Collective."""
     kept = write_debug_state(
         folder, model, batch, again, randomness, progress, world=world, loss_scale=loss_scale, samples=samples
     )
     kinds = "not finite" if not progress.skipped_spikes else "not finite or a spike"
+    over = " (the row ended before this step)" if progress.skipped_in_a_row < row else ""
     raise RuntimeError(
-        f"step {progress.step}: loss or gradient was {kinds} {progress.skipped_in_a_row} times in a row "
+        f"step {progress.step}: loss or gradient was {kinds} {row} times in a row{over} "
         f"(--max-skipped-updates {limit}); lower --lr, or resume earlier. {kept}"
     )
 

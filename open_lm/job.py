@@ -1,25 +1,27 @@
 """`Job`: a run whose flags, model, data and checkpoint have been found to agree, before any work."""
 
-import os
 import warnings
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from open_lm.checkpoint import start as starting
 from open_lm.checkpoint.start import Start, find_soup, find_start
 from open_lm.config.averaging import Averager, parse_averagers
 from open_lm.config.check import trains
 from open_lm.config.model import ModelConfig
+from open_lm.config.parse import changed_flags
 from open_lm.config.resolve import check_model, reconcile
 from open_lm.config.run import RunConfig
 from open_lm.config.schedule import Batch, Schedule, divide_batch, plan_steps
+from open_lm.config.survival import refuse_nondeterministic
 from open_lm.data.cache import find_cache
 from open_lm.data.loader import TrainData, ValData
 from open_lm.data.masks import find_masks
 from open_lm.data.names import name_entries
-from open_lm.log.owner import refuse_owned
+from open_lm.log.owner import Owner
 from open_lm.moe.backends import select
 from open_lm.moe.notes import notes as notes_on_experts
 from open_lm.nn.attention import load_xformers
@@ -52,12 +54,37 @@ class Job:
     """Warnings and decisions to show once logging has begun."""
 
 
-def prepare(
-    run: RunConfig, config: ModelConfig, given: Collection[str], world: World, notes: Sequence[str]
-) -> Job:
-    """Opens everything that the flags name and raises ValueError on any contradiction, before any work."""
+def folder_of(run: RunConfig, world: World) -> Path:
+    """LOGS/NAME, the same on all ranks. Collective."""
     batch = divide_batch(run.optim, world.world_size)
-    folder = Path(run.log.logs) / (run.log.name or mesh.agreed_name(default_name(run, batch)))
+    return Path(run.log.logs) / (run.log.name or mesh.agreed_name(default_name(run, batch)))
+
+
+def own(run: RunConfig, folder: Path, world: World) -> Owner | None:
+    """The run's folder, for this process alone: on rank 0. Before anything in it, or in its remote copy, is looked
+    for, fetched or moved. Raises ValueError where another one has it, or it cannot be written to."""
+    if not world.is_first:
+        return None
+    try:
+        return Owner(folder)
+    except OSError as error:
+        verb = "written to" if folder.is_dir() else "made"
+        raise ValueError(f"--logs {run.log.logs}: {folder} cannot be {verb}: {error.strerror}") from error
+
+
+def prepare(
+    run: RunConfig,
+    config: ModelConfig,
+    given: Collection[str],
+    world: World,
+    folder: Path,
+    notes: Sequence[str],
+) -> Job:
+    """Opens everything that the flags name and raises ValueError on any contradiction, before any work.
+
+    `folder` is the run's, and this process's: `own`.
+    """
+    batch = divide_batch(run.optim, world.world_size)
     averagers = parse_averagers(run.averaging.averagers)
     # all reading of checkpoints is here: what follows may fail on one rank alone, so it calls no collective
     found = mesh.broadcast_object(on_first_rank(lambda: look_around(run, folder, averagers)))
@@ -71,6 +98,8 @@ def prepare(
     if config.moe.enabled:
         select(config.moe.backend)
     notes += notes_on_experts(config.moe)
+    if run.optim.deterministic:
+        refuse_nondeterministic(config)
     if config.attn_name.startswith("xformers"):
         load_xformers(world.device)
     val_batch = run.eval.global_val_batch_size or batch.micro_sequences * world.world_size
@@ -95,6 +124,8 @@ def prepare(
         if start is not None and start.state is not None:
             if Path(start.file).parent == folder / "checkpoints":
                 refuse_other_intervals(run, start)
+            if changed := changed_flags(run, start.state["flags"]):
+                notes.append(f"{start.name} was saved with other flags: {', '.join(changed)}")
             dropped = set(start.averages) - {a.name for a in averagers}
             notes += [
                 f"{start.name} holds the average {n}: without --averagers {n} it ends here" for n in dropped
@@ -145,24 +176,22 @@ def default_name(run: RunConfig, batch: Batch) -> str:
     return f"{date}-model_{Path(run.model.model).stem}-lr_{run.optim.lr}-b_{batch.rank_sequences}"
 
 
+def leave_later(job: Job) -> Job:
+    """Moves aside what the run had done after an older state of its own that it goes back to, once nothing is
+    refused any more."""
+    if not job.world.is_first:
+        return job
+    return replace(job, notes=(*job.notes, *starting.leave_later(job.run, job.folder, job.start)))
+
+
 def look_around(
     run: RunConfig, folder: Path, averagers: Sequence[Averager]
 ) -> tuple[Start | None, tuple[str, ...]]:
-    """What the run starts from, and what there is to warn of; the run's folder can be written to. For rank 0."""
-    refuse_owned(folder)
-    is_new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--logs {run.log.logs}: {folder} cannot be made: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"--logs {run.log.logs}: {folder} cannot be written to")
-    if is_new:  # what is refused leaves nothing behind
-        folder.rmdir()
+    """What the run starts from, and what there is to warn of. For rank 0."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        start = find_start(run, folder, averagers) or find_soup(run, averagers)
-    return start, tuple(str(warning.message) for warning in caught)
+        found = find_start(run, folder, averagers) or find_soup(run, averagers)
+    return found, tuple(str(warning.message) for warning in caught)
 
 
 def refuse_other_intervals(run: RunConfig, start: Start) -> None:

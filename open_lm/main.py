@@ -3,6 +3,7 @@
 python -m open_lm.main --help
 """
 
+import functools
 import sys
 import traceback
 from collections.abc import Sequence
@@ -22,20 +23,20 @@ from open_lm.config.parse import config_text, flag_values, parse
 from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
-from open_lm.config.survival import after_restart, refuse_nondeterministic
+from open_lm.config.survival import after_restart
 from open_lm.flops import FORMULA, peak_flops
-from open_lm.job import Job, prepare
+from open_lm.job import Job, folder_of, leave_later, own, prepare
 from open_lm.log import Log, logger
-from open_lm.log.owner import Owner
 from open_lm.log.record import copy_code
 from open_lm.metrics import Progress
 from open_lm.model import count_parameters
+from open_lm.nn.attention import kernel_of
 from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.determinism import make_deterministic
 from open_lm.parallel.gather import on_first_rank
 from open_lm.parallel.launch import count_restarts, find_ranks
-from open_lm.parallel.plan import parallelize
+from open_lm.parallel.plan import compute_dtype, parallelize
 from open_lm.parallel.process import Recorder, hide_arguments
 from open_lm.parallel.refusal import agree, refusing
 from open_lm.parallel.watch import StopAsked
@@ -44,8 +45,11 @@ from open_lm.train import train
 from open_lm.validation import evaluate_all, evaluate_average, find_owed_evaluation
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs what the command line says. A contradiction in it ends the process: one message, status 2."""
+def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
+    """Runs what the command line says. A contradiction in it ends the process: one message, status 2.
+
+    `ends`: the process does nothing else afterwards; signals that come so late change its exit status no more.
+    """
     with refusing():
         run, given = parse(sys.argv[1:] if arguments is None else arguments)
         notes = check(run, given)
@@ -61,16 +65,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        job = agree(lambda: prepare(run, config, given, world, notes + continued))
-        owner = agree(lambda: own(job))
+        folder, job = folder_of(run, world), None
+        owner = agree(lambda: own(run, folder, world))
         try:
-            execute(job)
+            job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
+            execute(agree(lambda: leave_later(job)))
         finally:
             if owner:
-                owner.release()
+                owner.release(leave_nothing=job is None)
     finally:
-        world.watch.close()
+        world.watch.leave_ranks()
         mesh.stop()
+        world.watch.close(ends)
 
 
 def command() -> None:
@@ -80,34 +86,26 @@ def command() -> None:
     sys.excepthook = lambda kind, error, trace: print(
         redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True
     )
-    record(main, Recorder())(arguments[1:])
-
-
-def own(job: Job) -> Owner | None:
-    """The run's folder, for this process alone: on rank 0. Raises ValueError where another one has it."""
-    if job.run.optim.deterministic:
-        refuse_nondeterministic(job.config)
-    return Owner(job.folder) if job.world.is_first else None
+    record(functools.partial(main, ends=True), Recorder())(arguments[1:])
 
 
 def execute(job: Job) -> None:
     """Trains, or evaluates once, with a log open. Exit status 3: done, but not all is copied to --remote-sync."""
     run, world = job.run, job.world
-    log = Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug)
+    log = agree(lambda: Log(job.folder, rank=world.rank, local=run.log.log_local, debug=run.log.debug))
     total, active = count_parameters(job.config)
     written, sync, copied = checkpoints_before(job), None, True
-    world.watch.folder = str(job.folder)
+    world.watch.folder, world.watch.tell = str(job.folder), log.failure
     mesh.record_collectives(str(job.folder))
     try:
-        log.describe(
-            flag_values(run),
-            config_text(run, job.given),
-            parameters=total,
-            active_parameters=active,
-            world_size=world.world_size,
-            device=device_name(world.device),
-            torch=torch.__version__,
-        )
+        facts = {
+            "parameters": total,
+            "active_parameters": active,
+            "world_size": world.world_size,
+            "device": device_name(world.device),
+            "torch": torch.__version__,
+        }
+        agree(lambda: log.describe(flag_values(run), config_text(run, job.given), **facts))
         if run.log.copy_codebase and world.rank == 0:
             copy_code(job.folder)
         for note in job.notes:
@@ -116,6 +114,9 @@ def execute(job: Job) -> None:
             f"{job.folder} | {run.model.model}: {total:,} parameters, {active:,} active | "
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
+        dtype = compute_dtype(run.distributed, run.optim.precision)
+        kernel, name = kernel_of(job.config, world.device, dtype), str(dtype).removeprefix("torch.")
+        logger.info(f"attention's kernel: {kernel}, in {name}")
         if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)
@@ -137,7 +138,12 @@ def execute(job: Job) -> None:
             train_all(job, job.schedule, model, log, sync, written)
     except StopAsked:
         logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.why())
+    except SystemExit as end:  # `refusing` has said why
+        if end.__cause__ is not None:
+            log.failure(str(end.__cause__))
+        raise
     except Exception as error:
+        log.failure(f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise
     finally:
@@ -249,7 +255,7 @@ def train_all(
     assert data is not None
     optimizer = make_optimizer(model, run.optim)
     loss_scale = LossScale() if run.optim.precision in ("amp", "fp16") else None
-    progress, extra = Progress(), {}
+    progress = Progress()
     if job.start and job.start.soup:
         load_soup(job, model)
     elif job.start and job.start.state is None:
@@ -259,7 +265,7 @@ def train_all(
     elif job.start:
         with refusing():
             state = checkpoint.load_training_state(job.start.file, model, optimizer)
-        progress, extra = Progress(**state["progress"]), dict(state.get("extra", {}))
+        progress = Progress(**state["progress"])
         if loss_scale and state["loss_scale"]:
             loss_scale.load_state_dict(state["loss_scale"])
         logger.info("resumed %s at step %d, %d tokens", job.start.name, progress.step, progress.tokens)
@@ -286,13 +292,14 @@ def train_all(
 
     saves = Saves(
         job, model, optimizer, progress, log,
-        loss_scale=loss_scale, averages=averages, extra=extra, sync=sync, written=written,
+        loss_scale=loss_scale, averages=averages, sync=sync, written=written,
     )  # fmt: skip
 
     def end_interval(n: int) -> None:
         last = progress.step == schedule.end_step
-        saves.end_interval(n, last)
-        if job.val_data and (last or n % run.eval.val_frequency == 0):
+        evaluates = bool(job.val_data) and (last or n % run.eval.val_frequency == 0)
+        saves.end_interval(n, last, evaluates)
+        if evaluates:
             saves.saver.before_update()  # averages take the weights' place
             evaluate_interval(n)
 

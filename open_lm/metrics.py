@@ -61,19 +61,33 @@ class Skips:
     """Counts updates that were skipped, on the device."""
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
-        counts = (progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row)
-        self.counts = torch.tensor(counts, device=device)
+        row = progress.skipped_in_a_row
+        self.counts = torch.tensor(
+            (progress.skipped_updates, progress.skipped_spikes, row, row), device=device
+        )
+        self.longest_row = row
+        """Skipped updates in a row at most, since the start: a row may end between two looks."""
 
     def add_(self, finite: Tensor, accepted: Tensor) -> None:
         """Count a step: whether it was finite, and no spike either."""
         skipped = 1 - accepted.long()
-        kinds = torch.stack((1 - finite.long(), (finite & ~accepted).long(), skipped))
-        self.counts = (self.counts + kinds) * torch.stack((*torch.ones_like(kinds)[:2], skipped))
+        updates, spikes, row, longest = self.counts
+        row = (row + 1) * skipped
+        self.counts = torch.stack(
+            (
+                updates + 1 - finite.long(),
+                spikes + (finite & ~accepted).long(),
+                row,
+                torch.maximum(longest, row),
+            )
+        )
 
     def read(self, progress: Progress) -> None:
         """Brings `progress` up to date; waits for the device."""
         counts = self.counts.tolist()
-        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row = counts
+        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row, self.longest_row = (
+            counts
+        )
 
 
 class Clock:

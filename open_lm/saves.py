@@ -24,8 +24,7 @@ from open_lm.parallel.watch import StopAsked
 class Saves:
     """Saves `job`'s state at the ends of intervals, between them, and when asked. All ranks call alike.
 
-    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint. `extra` (plain JSON)
-    is saved as it is at the time, and comes back as the state's "extra".
+    `written` are the labels of the run's checkpoints so far, for --delete-previous-checkpoint.
     """
 
     def __init__(
@@ -38,12 +37,11 @@ class Saves:
         *,
         loss_scale: LossScale | None,
         averages: Sequence[Average],
-        extra: dict[str, Any],
         sync: Sync | None,
         written: list[str],
     ) -> None:
         self.job, self.progress, self.log = job, progress, log
-        self.loss_scale, self.extra, self.sync, self.written = loss_scale, extra, sync, written
+        self.loss_scale, self.sync, self.written = loss_scale, sync, written
         self.options = job.run.checkpoint
         self.due = Due(self.options, progress)
         self.saved_step = progress.step if job.start and job.start.state is not None else -1
@@ -64,15 +62,18 @@ class Saves:
         """`close`, whatever ends the run: a run that was stopped has not failed, unless its save has."""
         self.close(failed=kind is not None and not issubclass(kind, StopAsked))
 
-    def end_interval(self, n: int, last: bool) -> None:
-        """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`."""
+    def end_interval(self, n: int, last: bool, evaluates: bool = False) -> None:
+        """What --save-frequency and --save-most-recent say of interval n, which is complete or the run's `last`;
+        its state alone where they say nothing and it is evaluated now: a crash or a stop in there loses nothing."""
         every = self.options.save_frequency
         keep = last or (every and n % every == 0)
         labels = [str(n)] * bool(keep) + [checkpoint.LATEST] * self.options.save_most_recent
         if labels:
             self._save(labels, n)
-        else:
-            self.if_due()
+            return
+        self.if_due()
+        if evaluates and self.progress.step != self.saved_step:
+            self.save_state("it is evaluated now")
 
     def if_due(self, update: Callable[[], None] = lambda: None) -> None:
         """After a step: saves where a --save-every flag says so, and logs the saves that have ended.
@@ -100,7 +101,7 @@ class Saves:
         """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
         self.job.world.watch.at("saving")
         self.saver.close(FLUSH_SECONDS if failed else None)
-        self._report()
+        self._report(last=True)
         if self.failed is not None and not failed:
             raise self.failed
 
@@ -119,21 +120,21 @@ class Saves:
             "data": self.job.train_data.fingerprint(),
             "flags": flag_values(self.job.run),
             "written": list(self.written),
-            "extra": self.extra,
         }
         self.saver.save(content, number=n, labels=labels)
         self.saved_step = progress.step
         self.due.saved(progress)
 
-    def _report(self) -> None:
-        """Logs the saves that have ended."""
+    def _report(self, last: bool = False) -> None:
+        """Logs the saves that have ended; `last`: no other will follow."""
         for save in self.saver.finished():
             self.failed = save.error
             if save.error is not None:
-                logger.warning(
-                    "step %d could not be saved: %s; training goes on, the next save tries again",
-                    save.step, save.error,
-                )  # fmt: skip
+                what = f"step {save.step} could not be saved"
+                if save.is_complete:
+                    what = f"step_{save.step} is complete, but not what belongs to it"
+                then = "" if last else "; training goes on, the next save tries again"
+                logger.warning("%s: %s%s", what, save.error, then)
                 continue
             logger.info(
                 "saved %s at step %d: %s bytes in %.1f s, the loop waited %.2f s",

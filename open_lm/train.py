@@ -299,7 +299,7 @@ def train(
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
         if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
             look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
-            if progress.skipped_in_a_row >= optim.max_skipped_updates:
+            if skips.longest_row >= optim.max_skipped_updates:
                 seed_randomness_(optim.seed, step, world.rank)
                 randomness = torch.get_rng_state()
                 again = accumulate_gradients(
@@ -309,6 +309,7 @@ def train(
                 end_skipping(
                     log.folder / "debug", model, batch, again, randomness, progress, world=world,
                     loss_scale=scale, samples=name_samples(step), limit=optim.max_skipped_updates,
+                    row=skips.longest_row,
                 )  # fmt: skip
         if logs:
             entry = window.entry(progress, rate, norm)

@@ -33,7 +33,8 @@ while kill -0 "$ranks" 2>/dev/null; do # a signal has ended the wait, not the ra
   status=$?
 done
 
-if [ -n "$stopped" ]; then
+# what failed would fail again: only a run that was stopped by the signal, and has saved, comes back
+if [ -n "$stopped" ] && [ "$status" -eq 0 ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

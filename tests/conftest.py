@@ -19,7 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: threads would only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 if not torch.cuda.is_available():
     os.environ.setdefault(
         "TRITON_INTERPRET", "1"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -60,3 +61,10 @@ def test_what_is_refused(extra) -> None:
     run, given = parse(shlex.split(f"{RUN} {extra}"))
     with pytest.raises(ValueError, match=f"--deterministic with {extra}"):
         refuse_nondeterministic(resolve_model(run.model, run.moe, given))
+
+
+def test_the_cost_is_said_as_the_docs_say_it(tmp_path) -> None:
+    train(tmp_path, "a", "")
+    said = re.search(r"--deterministic: slower on a GPU, by (\d+ %)", (tmp_path / "a/out.log").read_text())
+    assert said
+    assert f"{said[1]} slower" in (ROOT / "docs/running.md").read_text()

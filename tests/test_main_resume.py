@@ -1,5 +1,6 @@
 """What a run finds when it is started again: an evaluation that is owed, a damaged checkpoint, other flags."""
 
+import contextlib
 import json
 import shlex
 import shutil
@@ -13,7 +14,9 @@ from safetensors.torch import load_file
 
 from open_lm import checkpoint
 from open_lm.checkpoint import state
+from open_lm.log.owner import Owner
 from open_lm.main import main
+from open_lm.parallel.watch import StopAsked
 
 
 def arguments(sources: list[str], logs: Path, extra: str = "") -> list[str]:
@@ -68,6 +71,29 @@ def test_a_checkpoint_that_is_passed_over_is_said(sources, trained, capsys) -> N
     assert f"step_4 is passed over: {shard} is damaged" in out
     assert "epoch_1.pt at step 2" in out
     assert "step_4 is passed over" in (trained / "run/out.log").read_text()
+
+
+def test_damaged_weights_are_refused_by_all_that_start_from_them(sources, trained, capsys) -> None:
+    """--pretrained, evaluation and --average; `latest` makes the file anew of its state."""
+    epoch = trained / "run/checkpoints/epoch_2.pt"
+    data = bytearray(epoch.read_bytes())
+    data[len(data) // 2] ^= 1
+    epoch.write_bytes(data)
+    evaluate = f"--model open_lm_test_tiny --precision fp32 --data-key json --val-data {sources[2]} --name e"
+    for command in (
+        arguments(sources, trained / "other", f"--pretrained {epoch}"),
+        arguments(sources, trained / "other", f"--average {epoch} {epoch}"),
+        shlex.split(f"{evaluate} --global-batch-size 8 --logs {trained} --resume {epoch}"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(command)
+        assert stop.value.code == 2
+        assert f"{epoch} is damaged: its sha256" in capsys.readouterr().err
+    run(sources, trained, "--resume latest")
+    assert f"{epoch} is damaged: its sha256 is not the one that it was written with: made anew of step_4" in (
+        capsys.readouterr().out
+    )
+    checkpoint.read_model_config(epoch)
 
 
 def test_what_an_older_version_wrote_is_refused(sources, trained, capsys) -> None:
@@ -156,6 +182,21 @@ def test_a_run_whose_last_save_fails_ends_with_an_error(sources, tmp_path, monke
     assert steps(tmp_path) == {2, 4}
 
 
+def test_a_last_save_that_fails_promises_no_other(sources, tmp_path, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("open_lm.checkpoint.saver.consolidate", fail)
+    with pytest.raises(OSError, match="no space"):
+        run(sources, tmp_path)
+    log = (tmp_path / "run/out.log").read_text()
+    said = "is complete, but not what belongs to it: no space"
+    assert f"step_2 {said}; training goes on, the next save tries again\n" in log
+    assert f"step_4 {said}\n" in log
+    assert "could not be saved" not in log
+    assert steps(tmp_path) == {2, 4}
+
+
 def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None:
     """An evaluation that crashes right after a save began loses nothing."""
     real = state.write_shard
@@ -171,12 +212,78 @@ def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None
     checkpoint.read_state(tmp_path / "run/checkpoints/epoch_1.pt")
 
 
+def stop(*_: object, **__: object) -> None:
+    raise StopAsked
+
+
+def crash(*_: object, **__: object) -> None:
+    raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("end", [crash, stop])
+def test_what_ends_an_evaluation_loses_nothing(sources, tmp_path, monkeypatch, capsys, end) -> None:
+    """--save-frequency leaves the interval out: its state is saved nevertheless, as it is evaluated."""
+    monkeypatch.setattr("open_lm.main.evaluate_all", end)
+    flags = f"--save-frequency 10 --val-data {sources[2]}"
+    with pytest.raises(ZeroDivisionError) if end is crash else contextlib.nullcontext():
+        run(sources, tmp_path, flags)
+    assert steps(tmp_path) == {2}
+    assert not list(tmp_path.glob("run/checkpoints/epoch_*")), "--save-frequency has asked for none"
+    monkeypatch.undo()
+    run(sources, tmp_path, f"{flags} --resume latest")
+    assert "step 2 has a checkpoint but no evaluation" in capsys.readouterr().out
+    assert [r["step"] for r in results(tmp_path)] == [2, 4]
+
+
+def test_a_folder_is_owned_before_anything_in_it_is_touched(sources, trained, capsys, monkeypatch) -> None:
+    """Two starts at once: the second fetches, renames and deletes nothing."""
+    before = set(trained.rglob("*"))
+    monkeypatch.setattr("open_lm.job.find_start", crash)
+    holder = Owner(trained / "run")
+    try:
+        with pytest.raises(SystemExit):
+            run(sources, trained, "--resume latest")
+    finally:
+        holder.release()
+    assert "is in use by process" in capsys.readouterr().err
+    assert set(trained.rglob("*")) == before
+    monkeypatch.setattr("open_lm.job.find_start", lambda run, folder, _: Owner(folder))
+    with pytest.raises(SystemExit):  # while it looks for its start it holds the folder
+        run(sources, trained, "--resume latest")
+    assert "is in use by process" in capsys.readouterr().err
+
+
 def test_every_nth_is_kept(sources, tmp_path) -> None:
     extra = "--train-num-samples 128 --epochs 7 --delete-previous-checkpoint --keep-every 3"
     run(sources, tmp_path, f"{extra} --max-steps 5")
     run(sources, tmp_path, f"{extra} --resume latest")
     names = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
     assert names == {f"{name}" for n in (3, 6, 7) for name in (f"epoch_{n}.pt", f"step_{n}")}
+
+
+def test_going_back_to_an_older_checkpoint_abandons_what_came_after(sources, trained, capsys) -> None:
+    """Moved, and said; `latest` is then the newest of the new branch, though its step is lower."""
+    folder = trained / "run/checkpoints"
+    extra = "--epochs 3 --train-num-samples 256 --save-every-steps 1 --keep-last-states 1 --lr 1e-3"
+    before = tensors(folder / "step_4")
+    run(sources, trained, f"{extra} --resume {folder / 'epoch_1.pt'} --max-steps 3")
+    aside = folder / "abandoned_after_step_2"
+    assert (
+        f"what this run had saved after step 2 is abandoned, and was moved to {aside}"
+        in capsys.readouterr().out
+    )
+    assert {path.name for path in aside.iterdir()} == {"epoch_2.pt", "step_4"}
+    assert tensors(aside / "step_4") == before
+    assert steps(trained) == {2, 3}
+    run(sources, trained, f"{extra} --resume latest --max-steps 5")
+    assert "resumed" in (out := capsys.readouterr().out)
+    assert "epoch_2.pt at step 3" in out
+    assert steps(trained) >= {2, 5}
+    run(sources, trained, f"{extra} --resume {folder / 'epoch_1.pt'} --max-steps 3")
+    assert (folder / "abandoned_after_step_2_2/step_5/digests.json").is_file()
+    assert not (folder / "leaving.json").exists()
+    run(sources, trained, f"{extra} --resume latest --max-steps 4")
+    assert "is abandoned" not in capsys.readouterr().out.rpartition("resumed")[2]
 
 
 def test_what_is_saved_beside_the_weights(sources, trained) -> None:
@@ -186,7 +293,6 @@ def test_what_is_saved_beside_the_weights(sources, trained) -> None:
     assert saved["flags"]["epochs"] == 2
     assert len(saved["data"]["sources"][0]["sha256"]) == 64, "the manifest's fingerprint"
     assert content["param_groups"][0]["betas"] == [0.9, 0.95]
-    assert saved["extra"] == {}
 
 
 def test_a_fine_tuning_run_is_started_again_by_the_same_command(sources, trained, tmp_path, capsys) -> None:
@@ -219,3 +325,13 @@ def test_what_is_refused(sources, trained, capsys, extra, message) -> None:
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
     assert (trained / "run/checkpoints/epoch_1.pt").read_bytes() == before
+
+
+def test_other_flags_than_before_are_said(sources, trained, capsys) -> None:
+    run(sources, trained, "--resume latest --workers 1 --epochs 2 --log-every-n-steps 1")
+    assert "other flags" not in capsys.readouterr().out
+    run(sources, trained, "--resume latest --lr 3e-3 --wd 0.3 --warmup 2 --epochs 3")
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if "other flags" in line]
+    changes = "--epochs 2 -> 3, --lr 0.01 -> 0.003, --wd 0.2 -> 0.3, --warmup 1 -> 2"
+    assert line.endswith(f"epoch_2.pt was saved with other flags: {changes}"), line

@@ -47,14 +47,16 @@ def test_shell(name: str) -> None:
         check_torchrun(words)
 
 
-def test_slurm_saves_and_comes_back(tmp_path) -> None:
-    """With `srun` and `scontrol` of our own: USR1 to the script reaches the ranks, and the job is queued again."""
+@pytest.mark.parametrize("status", [0, 1])
+def test_slurm_saves_and_comes_back(tmp_path, status) -> None:
+    """With `srun` and `scontrol` of our own: USR1 to the script reaches the ranks, and the job is queued again,
+    unless they fail."""
     text = (SCRIPTS / "slurm.sh").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.MULTILINE))
     assert "requeue" in options
     assert options["signal"].startswith("B:USR1@")
     (tmp_path / "srun").write_text(
-        '#!/bin/bash\ntrap "echo saved; exit 0" USR1\ntouch started\nwhile :; do sleep 0.1; done\n'
+        f'#!/bin/bash\ntrap "echo saved; exit {status}" USR1\ntouch started\nwhile :; do sleep 0.1; done\n'
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
     for name in ("srun", "scontrol"):
@@ -65,8 +67,11 @@ def test_slurm_saves_and_comes_back(tmp_path) -> None:
             assert job.poll() is None
         job.send_signal(10)
         output, _ = job.communicate(timeout=30)
-    assert job.returncode == 0
+    assert job.returncode == status
     assert "saved" in output
+    if status:
+        assert not (tmp_path / "requeued").exists()
+        return
     assert (tmp_path / "requeued").read_text() == "requeue 7\n"
 
 

@@ -29,14 +29,14 @@ FLAGS = (
 )
 
 
-def poison(step: int, rank: int) -> None:
-    """Makes the loss of one step NaN, on one rank."""
+def poison(rank: int, *steps: int) -> None:
+    """Makes the loss of some steps NaN, on one rank."""
     honest, calls = open_lm.model.linear_cross_entropy, []
 
     def linear_cross_entropy(*arguments, **options):
         loss = honest(*arguments, **options)
         calls.append(0)
-        if len(calls) == step and int(os.environ.get("RANK", "0")) == rank:
+        if len(calls) in steps and int(os.environ.get("RANK", "0")) == rank:
             nan = float("nan")
             return loss._replace(objective_sum=loss.objective_sum * nan, nll_BS=loss.nll_BS * nan)
         return loss
@@ -45,7 +45,7 @@ def poison(step: int, rank: int) -> None:
 
 
 def run_poisoned(logs: str, layout: str) -> None:
-    poison(step=3, rank=1)
+    poison(1, 3)
     main(shlex.split(f"{FLAGS} --logs {logs} {layout}"))
 
 
@@ -95,6 +95,20 @@ def test_fp16_lowers_its_scale_until_gradients_fit(tmp_path, monkeypatch) -> Non
 def test_a_run_that_stays_not_finite_ends(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="not finite 3 times in a row"):
         main(shlex.split(f"{FLAGS} --logs {tmp_path} --lr 1e30 --max-skipped-updates 3"))
+
+
+@pytest.mark.parametrize("limit", [5, 6])
+def test_a_row_that_ends_between_two_looks_counts(tmp_path, monkeypatch, limit) -> None:
+    """Steps 3 to 7; with --max-skipped-updates 5 one looks after steps 5 and 10."""
+    monkeypatch.setattr(open_lm.model, "linear_cross_entropy", open_lm.model.linear_cross_entropy)
+    poison(0, *range(3, 8))
+    flags = f"{FLAGS} --logs {tmp_path} --epochs 1 --train-num-samples 1536 --log-every-n-steps 100"
+    line = shlex.split(f"{flags} --max-skipped-updates {limit}")
+    if limit > 5:
+        main(line)
+        return
+    with pytest.raises(RuntimeError, match=r"step 10: .*not finite 5 times in a row \(the row ended"):
+        main(line)
 
 
 def logit_means(logs: str, layout: str) -> None:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from open_lm.averaging import Average
 from open_lm.checkpoint.average import load_averages, load_soup, path_of_average
-from open_lm.checkpoint.files import LATEST, latest, read, saved_averages, state_of, step_of
+from open_lm.checkpoint.files import LATEST, latest, saved_averages, state_of, step_of
 from open_lm.checkpoint.fit import check_fit, or_zeros, read_weights
 from open_lm.checkpoint.saver import Save, Saver
+from open_lm.checkpoint.seal import read_whole
 from open_lm.checkpoint.state import CONTENT, Shards, is_state, read_content, read_json, verify
 from open_lm.checkpoint.tensors import random_state, restore_, tensors_of
 from open_lm.parallel.gather import gather_objects, on_first_rank, spread_
@@ -180,9 +181,12 @@ def read_step(path: Path | str) -> int:
 
 
 def read_model_config(path: Path | str) -> dict[str, Any] | None:
-    """asdict(ModelConfig) of the run that wrote `path`; None if the file does not say (open_lm's do not)."""
+    """asdict(ModelConfig) of the run that wrote `path`; None if the file does not say (open_lm's do not).
+
+    Reads every byte: ValueError naming the file where it is damaged.
+    """
     path = Path(path)
     if path.is_dir():
         verify(path)
         return read_json(path / CONTENT)["model_config"]
-    return None if path.suffix == ".safetensors" else read(path).get("model_config")
+    return None if path.suffix == ".safetensors" else read_whole(path).get("model_config")

@@ -1,23 +1,27 @@
 """epoch_N.pt and AVERAGER_N.pt: whole weights for people and for open_lm, made of a state's shards. One process."""
 
 import contextlib
-import errno
+import itertools
+import json
 import os
 import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from open_lm.checkpoint import state
+from open_lm.checkpoint import seal, state
+from open_lm.checkpoint.seal import read, write
 from open_lm.checkpoint.state import Shards, read_content, state_folder, states
 
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
 # Every file of weights: its part (of an average, its name, such as ema_0.99_1) and label.
 FILE = re.compile(r"(epoch|(?:ema|poly)(?:_[0-9.eE+-]+)*)_(\d+|latest)\.pt")
+ABANDONED = "abandoned"  # folders of what came after a step that a run was taken back to
+LEAVING = "leaving.json"  # while that is moved there
+RESULTS = "results.jsonl"  # what evaluations of the checkpoints found
 OLD_STATE = re.compile(r"(optimizer|stats)_(\d+|latest)\.pt")  # of earlier versions
 
 
@@ -101,7 +105,10 @@ def finish(folder: Path) -> Path:
     for label in content["labels"]:
         epoch = folder.parent / f"epoch_{label}.pt"
         step = step_of(epoch)
-        if step is None or step < content["step"]:
+        damaged = step == content["step"] and next(filter(None, map(_damage, _written(epoch))), None)
+        if damaged:
+            warnings.warn(f"{damaged}: made anew of {folder.name}", stacklevel=2)
+        if step is None or step < content["step"] or damaged:
             try:
                 consolidate(folder, label)
             except OSError as error:  # nothing depends on it
@@ -110,6 +117,18 @@ def finish(folder: Path) -> Path:
         if step is None or step <= content["step"]:
             found = found or epoch
     return found or folder
+
+
+def _written(epoch: Path) -> list[Path]:
+    """epoch_N.pt and its averages' files."""
+    return [path for path in paths_of(epoch, saved_averages(epoch)).values() if path.is_file()]
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        return seal.damage(path)
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}"
 
 
 def group(names: Iterable[str]) -> dict[str, list[str]]:
@@ -142,6 +161,8 @@ def tidy(folder: Path, step: int, keep: int) -> None:
     in_use, between = set(steps_in_use(folder).values()), 0
     for path in states(folder):
         number = int(path.name.removeprefix("step_"))
+        if number > step:
+            continue  # not this run's past: it must not crowd that out
         try:
             labels = state.read_json(path / state.CONTENT)["labels"]
         except (ValueError, KeyError):
@@ -149,6 +170,74 @@ def tidy(folder: Path, step: int, keep: int) -> None:
         between += not labels
         if number < step and number not in in_use and (labels or between > keep):
             state.delete(path)
+
+
+def set_aside(folder: Path, step: int) -> Path | None:
+    """Moves what lies after `step`, which a run is about to leave by going on from there, into
+    abandoned_after_step_S (…_2, …): states, files of weights, and their results. Where that is; None if there was
+    nothing.
+
+    Killed half-way it is finished by `latest`: till then LEAVING says the step and the place.
+    """
+    state.finish_renames(folder)
+    found = [path for path in folder.glob("step_*") if is_after(path.name, step)]
+    for label, number in steps_in_use(folder).items():
+        if number is not None and number > step:
+            found += [path for path in folder.glob(f"*_{label}.pt") if FILE.fullmatch(path.name)]
+    past, later = divide_results(folder / RESULTS, step)
+    if not found and not later:
+        (folder / LEAVING).unlink(missing_ok=True)
+        return None
+    if (folder / LEAVING).is_file():
+        place = folder / state.read_json(folder / LEAVING)["place"]
+    else:
+        place = next(folder / name for name in places(step) if not (folder / name).exists())
+        state.write_json(temporary(folder / LEAVING), {"step": step, "place": place.name})
+        os.replace(temporary(folder / LEAVING), folder / LEAVING)
+    place.mkdir(exist_ok=True)
+    state.sync_folder(folder)
+    for path in found:
+        os.rename(path, place / path.name)
+    if later:
+        write_lines(place / RESULTS, later)
+        write_lines(folder / RESULTS, past)
+    state.sync_folder(place)
+    state.sync_folder(folder)
+    (folder / LEAVING).unlink()
+    return place
+
+
+def divide_results(path: Path, step: int) -> tuple[list[str], list[str]]:
+    """The lines of results.jsonl up to a step, and those of later ones."""
+    parts: tuple[list[str], list[str]] = [], []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, AttributeError, TypeError):
+            parts[json.loads(line).get("step", 0) > step].append(line)
+            continue
+        parts[0].append(line)  # not ours
+    return parts
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Atomically."""
+    with open(temporary(path), "w", encoding="utf-8") as file:
+        file.writelines(f"{line}\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary(path), path)
+
+
+def is_after(name: str, step: int) -> bool:
+    """Whether this is the name of a state, or of an unfinished one, of a later step."""
+    match = state.NAME.fullmatch(name.removesuffix(state.TEMPORARY))
+    return match is not None and int(match[1]) > step
+
+
+def places(step: int) -> Iterator[str]:
+    """Names for `set_aside`, one after the other."""
+    first = f"{ABANDONED}_after_step_{step}"
+    yield first
+    yield from (f"{first}_{n}" for n in itertools.count(2))
 
 
 def alias(epoch: Path, label: str) -> None:
@@ -183,32 +272,6 @@ def prepare(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write(path: Path, content: dict[str, Any]) -> None:
-    """To disk (fsync), and read once: that it cannot be loaded must not be found out when it is needed.
-
-    Raises OSError naming the file.
-    """
-    try:
-        with open(path, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as e:
-        cause = next((c for c in _causes(e) if isinstance(c, OSError)), None)
-        code = cause.errno if cause and cause.errno else errno.EIO
-        reason = cause.strerror if cause else str(e)
-        raise OSError(code, f"cannot write {path}: {reason}; earlier checkpoints are unchanged") from e
-    read(path)
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The exception and those it came from: torch.save hides the OSError of a full disk behind its own."""
-    at: BaseException | None = error
-    while at is not None:
-        yield at
-        at = at.__cause__ or at.__context__
-
-
 def replace(paths: dict[str, Path]) -> None:
     """Let the temporary files take their places, in this order. Raises OSError naming the file."""
     for part in paths:
@@ -219,27 +282,6 @@ def replace(paths: dict[str, Path]) -> None:
     state.sync_folder(paths["epoch"].parent)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A file's dict, its tensors mapped from disk.
-
-    Raises FileNotFoundError, or ValueError if it is no checkpoint or holds more than plain data.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(errno.ENOENT, f"no checkpoint file {path}")
-    with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as e:
-        raise ValueError(
-            f"{path} cannot be loaded: it is damaged, no checkpoint, or holds more than plain values and "
-            f"tensors, which is refused because loading that could run code ({type(e).__name__})"
-        ) from e
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not the dict of a checkpoint")
-    return content
-
-
 def latest(folder: Path | str) -> Path | None:
     """The newest complete state: its epoch_N.pt or epoch_latest.pt, or its folder; None if there is none.
 
@@ -248,6 +290,8 @@ def latest(folder: Path | str) -> Path | None:
     earlier version lies there, which would otherwise be begun anew.
     """
     folder = Path(folder)
+    if (folder / LEAVING).is_file():
+        set_aside(folder, state.read_json(folder / LEAVING)["step"])
     state.finish_renames(folder)
     best = None
     for candidate in states(folder):

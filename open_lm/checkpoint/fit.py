@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from open_lm.checkpoint.files import read
+from open_lm.checkpoint.seal import read_whole
 from open_lm.checkpoint.state import CONTENT, Shards, read_json, verify
 from open_lm.checkpoint.tensors import tensors_of
 from open_lm.model import Transformer
@@ -35,7 +35,7 @@ def read_weights(path: Path, model: Transformer) -> tuple[dict[str, Tensor], dic
         weights = {name: shards.whole(key) for name, key in shards.named("model/").items()}
         check_fit(path, weights, model)
         return weights, {key: content[key] for key in ("epoch", "name", "step", "tokens", "model_config")}
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else read(path)
+    content = _read_safetensors(path) if path.suffix == ".safetensors" else read_whole(path)
     key = next((key for key in ("state_dict", "av_model_sd") if key in content), None)
     weights = content if key is None else content[key]
     if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):

@@ -17,7 +17,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from open_lm.checkpoint import state
-from open_lm.checkpoint.files import finish, group, prepare, saved_averages, step_of, temporary
+from open_lm.checkpoint.files import (
+    ABANDONED,
+    finish,
+    group,
+    places,
+    prepare,
+    saved_averages,
+    step_of,
+    temporary,
+)
 from open_lm.checkpoint.state import CONTENT, DIGESTS, is_state
 from open_lm.data.remote import is_local
 from open_lm.data.retry import remote_errors
@@ -105,10 +114,15 @@ class RemoteFolder:
         self.put(*files[-1])
         return True
 
+    def read(self, name: str, last: int | None = None) -> bytes:
+        """A small file's content, or its `last` bytes."""
+        with self._at(name) as (file_system, path):
+            return file_system.cat_file(path, start=None if last is None else -last)
+
     def read_json(self, name: str) -> Any:
         """A small file's content; None if it is missing or damaged."""
-        with suppress(FileNotFoundError, ValueError), self._at(name) as (file_system, path):
-            return json.loads(file_system.cat_file(path))
+        with suppress(FileNotFoundError, ValueError):
+            return json.loads(self.read(name))
         return None
 
     def states(self) -> dict[int, list[str]]:
@@ -163,6 +177,29 @@ class RemoteFolder:
             content = self.read_json(f"{CHECKPOINTS}step_{step}/{CONTENT}") or {}
             if label in content.get("labels", ()):
                 self.delete_state(step)
+
+    def set_aside(self, step: int) -> str | None:
+        """Moves what lies after `step` into abandoned_after_step_S, as `files.set_aside` does here; where that is,
+        None if there was nothing. A state's digests.json goes first: what is left of a killed move is no state."""
+        names = self.sizes()
+        found = {n for n in names if (m := STATE.fullmatch(n)) and int(m[1]) > step}
+        contents = (self.read_json(name) or {} for name in found if name.endswith(f"/{CONTENT}"))
+        labels = {label for content in contents for label in content.get("labels", ())}
+        weights = group(n.removeprefix(CHECKPOINTS) for n in names if n.startswith(CHECKPOINTS))
+        found |= {CHECKPOINTS + n for label in labels for n in weights.get(label, ())}
+        used = {name.split("/")[1] for name in names if name.startswith(CHECKPOINTS)}
+        place = next(name for name in places(step) if name not in used)
+        for name in sorted(found, key=lambda n: (not n.endswith(DIGESTS), n.endswith(CONTENT), n)):
+            target = f"{CHECKPOINTS}{place}/{name.removeprefix(CHECKPOINTS)}"
+            with self._at(name) as (file_system, path), self._at(target) as (_, there):
+                if not self.is_object_store:
+                    file_system.makedirs(str(PurePosixPath(there).parent), exist_ok=True)
+                file_system.mv(path, there)
+        for number in {int(m[1]) for name in found if (m := STATE.fullmatch(name))}:
+            if not self.is_object_store:
+                with suppress(OSError), self._at(f"{CHECKPOINTS}step_{number}") as (file_system, path):
+                    file_system.rmdir(path)
+        return f"{self.url}/{CHECKPOINTS}{place}" if found else None
 
     def check_writable(self, folder: Path) -> None:
         """Puts an empty file there and removes it. ValueError: that fails, or the URL lies inside `folder`."""
@@ -246,7 +283,7 @@ def bring(remote: RemoteFolder, folder: Path, step: int) -> Path | None:
         local = folder / name
         missing = not local.exists()
         shorter = local.suffix in (".jsonl", ".log") and not missing and local.stat().st_size < size
-        ours = STATE.fullmatch(name) or group([local.name])
+        ours = STATE.fullmatch(name) or group([local.name]) or name.startswith(CHECKPOINTS + ABANDONED)
         if (missing or shorter) and not name.endswith((TEMPORARY, PARTIAL)) and not ours:
             _get(remote, name, local)
     return finish(target)

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from open_lm.averaging import Average
 from open_lm.checkpoint import files, state
@@ -37,6 +38,8 @@ from open_lm.parallel.plan import reshard_, unwrap
 
 # From this size on another process makes epoch_N.pt: torch.save holds Python's lock while it writes a tensor.
 LARGE_BYTES = 1 << 30
+HEADER_BYTES, RECORD_BYTES = 200, 400  # of a tensor in a shard, and in epoch_N.pt, beside its name twice
+BLOCK_BYTES, DIGEST_BYTES = 4096, 200  # of a file
 FLUSH_SECONDS = 1800.0  # the longest that a run which has failed waits for its save
 logger = logging.getLogger("open_lm")
 
@@ -56,6 +59,8 @@ class Save:
     write_seconds: float = 0.0
     """Until the state, and epoch_N.pt, were complete."""
     error: Exception | None = None
+    is_complete: bool = False
+    """Whether the state is on disk, whatever came of its epoch_N.pt."""
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -114,6 +119,7 @@ class Saver:
         mine = share(tensors) if self.is_shared else collect_on_first_rank(tensors)
         parts = plan(mine, self.staging.copy(mine))
         extra = whole_bytes(tensors, "model/") + whole_bytes(tensors, "average/") if labels else 0
+        needed = save.size + extra + overhead(tensors, document, 1 + len(self.averages) if labels else 0)
         save.stall_seconds = waited + time.perf_counter() - begin
         self._running = save
 
@@ -123,7 +129,7 @@ class Saver:
                 if self.staging.device.type == "cuda":
                     torch.cuda.set_device(self.staging.device)  # a thread begins on the first
                 self.staging.wait()
-                self._write(save, document, parts, extra)
+                self._write(save, document, parts, extra, needed)
                 save.stall_seconds += self.staging.held_seconds()
             except Exception as error:
                 save.error = error
@@ -204,14 +210,14 @@ class Saver:
 
     # ---- by the thread, on all ranks
 
-    def _write(self, save: Save, document: dict[str, Any], parts: Parts, extra: int) -> None:
+    def _write(self, save: Save, document: dict[str, Any], parts: Parts, extra: int, needed: int) -> None:
         folder = state.state_folder(self.folder, save.step)
         waiting = state.temporary_folder(folder)
         rank, entries = this_rank(), {}
 
         def begin() -> None:
             files.prepare(self.folder)
-            check_space(self.folder, save.size + extra, save.step)
+            check_space(self.folder, needed, save.step)
             waiting.mkdir()
 
         def shard() -> None:
@@ -230,6 +236,7 @@ class Saver:
             self._agree(shard)
             everyone = self._gather(entries)
             self._agree(end if rank == 0 else None)
+            save.is_complete = True
         except BaseException:
             if rank == 0:
                 shutil.rmtree(waiting, ignore_errors=True)
@@ -265,6 +272,22 @@ class Saver:
         errors = [e for e in self._gather(error) if e is not None]
         if errors:
             raise error or errors[0]
+
+
+def overhead(tensors: Mapping[str, Tensor], document: Mapping[str, Any], files_of_weights: int) -> int:
+    """Bytes that a save takes beside its tensors', a little more at most than it does: state.json, the shards'
+    headers, other ranks' random states, digests.json, the zips' records, and what files are rounded up to."""
+    ranks = document["world_size"]
+    headers = sum(
+        (2 * len(key) + HEADER_BYTES) * (ranks if isinstance(t, DTensor) else 1) for key, t in tensors.items()
+    )
+    random = sum(t.nbytes for key, t in tensors.items() if key.startswith("random/")) * (ranks - 1)
+    records = sum(2 * len(name) + RECORD_BYTES for name in document["weights"]) + len(
+        str(document["model_config"])
+    )
+    n_files = ranks + 2 + files_of_weights
+    text = len(state.json.dumps(document, indent=1))
+    return headers + random + text + records * files_of_weights + (BLOCK_BYTES + DIGEST_BYTES) * n_files
 
 
 def check_space(folder: Path, needed: int, step: int) -> None:

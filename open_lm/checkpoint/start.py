@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import checkpoint
+from open_lm.checkpoint.files import set_aside
 from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring_named, fetch, newest
 from open_lm.config.averaging import Averager
 from open_lm.config.check import trains
@@ -99,6 +100,24 @@ def find_latest(folder: Path, remote: RemoteFolder | None) -> tuple[Path | None,
         if there := newest(remote, folder, than=step):
             return there, f"{remote.url}/{CHECKPOINTS}{there.name}"
     return here, str(here)
+
+
+def leave_later(run: RunConfig, folder: Path, start: Start | None) -> list[str]:
+    """Where a run goes back to an older state of its own, moves aside what it did after it, here and there: else
+    that would be its newest state. Nothing is deleted. For the owner of the folder; what there is to say.
+    """
+    checkpoints = folder / "checkpoints"
+    if start is None or start.state is None or run.checkpoint.resume == "latest":
+        return []
+    if Path(start.file).resolve().parent != checkpoints.resolve():
+        return []
+    step, remote = start.state["step"], remote_folder(run, folder)
+    places = [set_aside(checkpoints, step), remote.set_aside(step) if remote else None]
+    return [
+        f"--resume {start.name}: what this run had saved after step {step} is abandoned, and was moved to {place}"
+        for place in places
+        if place
+    ]
 
 
 def refuse_other_run(run: RunConfig, folder: Path, remote: RemoteFolder | None) -> None:

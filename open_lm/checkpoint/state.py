@@ -22,6 +22,7 @@ from torch import Tensor
 CONTENT, DIGESTS = "state.json", "digests.json"
 NAME = re.compile(r"step_(\d+)")
 TEMPORARY = ".tmp"
+SHARD = ".safetensors"
 BLOCK = 1 << 24  # bytes hashed and written at a time, outside of Python's lock
 SHARDING_INFO = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which part of a tensor this is
 DTYPES = {
@@ -176,7 +177,8 @@ def read_content(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Raises ValueError naming the first file that is missing, cut short or not what was written.
+    """Raises ValueError naming the first file that is missing, cut short, not what was written, or one of tensors
+    that is not this state's; or where the folder is named after another step.
 
     Reads every byte, once per process as long as the files stay as they are.
     """
@@ -193,6 +195,14 @@ def verify(folder: Path) -> None:
                 raise ValueError(error)
     if CONTENT not in digests:
         raise ValueError(f"{folder / DIGESTS} is damaged: it does not list {CONTENT}")
+    # torch's reader takes every such file, and of two parts that overlap the later
+    if others := sorted({path.name for path in folder.glob(f"*{SHARD}")} - digests.keys()):
+        raise ValueError(
+            f"{folder / others[0]} is not a file of this state ({DIGESTS} does not list it): remove it"
+        )
+    name, step = folder.name.removesuffix(TEMPORARY), read_json(folder / CONTENT).get("step")
+    if (match := NAME.fullmatch(name)) and int(match[1]) != step:
+        raise ValueError(f"{folder / CONTENT} is of step {step}: the folder's name is not its own")
 
 
 def _damage(path: Path, sha256: str, size: int) -> str | None:
@@ -222,7 +232,9 @@ class Shards:
 
         self._parts: dict[str, list[tuple[Any, list[int], list[int]]]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(
+            folder / name for name in read_json(folder / DIGESTS)["files"] if name.endswith(SHARD)
+        ):
             file = safe_open(str(path), framework="pt")
             info = json.loads((file.metadata() or {})[SHARDING_INFO])
             for key in file.keys():  # noqa: SIM118 - no dict

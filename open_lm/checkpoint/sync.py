@@ -5,11 +5,13 @@ import os
 import threading
 from pathlib import Path
 
-from open_lm.checkpoint.files import delete, group
+from open_lm.checkpoint.files import ABANDONED, LEAVING, delete, group
 from open_lm.checkpoint.remote import CHECKPOINTS, STATE, TEMPORARY, RemoteFolder, signature
+from open_lm.checkpoint.seal import LENGTH, digest_in, read_digest
 from open_lm.checkpoint.state import CONTENT, DIGESTS
 
 FIRST_RETRY_SECONDS = 2.0  # doubled with every failure in a row
+COMPARED_BYTES = 16 << 20  # the largest file that is fetched to be compared
 GIVE_UP = 3  # failures in a row after which the rest waits for the next try: it is the server, not a file
 LAST_ATTEMPTS = 3  # at the end of a run
 LAST_SECONDS = 1800.0  # the longest that a run waits for its last copy
@@ -168,19 +170,33 @@ class Sync:
                 path = Path(parent, name)
                 relative = path.relative_to(self.folder)
                 unfinished = any(part.endswith(TEMPORARY) for part in relative.parts) or name.startswith(".")
+                # what was abandoned here was moved there too
+                unfinished |= name == LEAVING or relative.as_posix().startswith(CHECKPOINTS + ABANDONED)
                 if not unfinished and path.is_file() and not path.is_symlink():
                     files[path.relative_to(self.folder).as_posix()] = path
         return files
 
     def _compare(self, files: dict[str, Path]) -> dict[str, tuple | None]:
-        """The files that are there already, of the same size and not older than here."""
+        """The files that are there already, as their content says: states by their digests.json, files of weights
+        by the digests in them, small others byte by byte; the rest is copied again."""
         there, copied = self.remote.sizes(), {}
         for name, path in files.items():
             now = signature(path)
-            if now is not None and there.get(name) == now[0]:
-                modified = self.remote.modified(name)
-                if modified is not None and modified >= now[1] / 1e9 - 1e-6:  # what was fetched has its time
+            if now is None or there.get(name) != now[0]:
+                continue
+            if match := STATE.fullmatch(name):
+                if match[2] != DIGESTS:  # as its digests.json
                     copied[name] = now
+                    continue
+                same = self.remote.read(name) == path.read_bytes()
+            elif group([path.name]):
+                same = (digest := read_digest(path)) is not None and digest == digest_in(
+                    self.remote.read(name, last=LENGTH)
+                )
+            else:
+                same = now[0] <= COMPARED_BYTES and self.remote.read(name) == path.read_bytes()
+            if same:
+                copied[name] = now
         return copied
 
 

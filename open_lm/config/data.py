@@ -52,7 +52,8 @@ class DataConfig:
 
     data_cache_gib: float = 8.0
     """Size limit of --data-cache; never more than half the disk's free space. The least recently used shards
-    go first, and 64 per source are in use at a time. 0 keeps a shard only while a process has it open."""
+    go first, and 64 per source are in use at a time. Until an s3:// shard of u16 or u32 members is there, its rows
+    are read by byte ranges. 0 keeps a shard only while a process has it open, and reads nothing by ranges."""
 
     data_retries: int = 6
     """Retries of a remote read that is throttled, reset, stalled or answered by 5xx, after about 1, 2, 4, …

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -15,6 +15,10 @@ from open_lm.config.run import RunConfig
 
 PROGRAM = "open_lm.main"
 NO_FLAGS = ("dim",)  # MoEConfig's, for a layer by itself; a model's comes from its JSON
+
+# Groups of flags that decide what is trained; those of them that do not
+TRAINS = ("model", "moe", "data", "optim", "averaging")
+TRAINS_NOT = ("workers", "max_steps", "torchcompile", "grad_checkpointing", "average", "average_coefficients")
 
 
 def parse(arguments: Sequence[str]) -> tuple[RunConfig, frozenset[str]]:
@@ -63,6 +67,24 @@ def flag_values(run: RunConfig) -> dict[str, Any]:
             value = getattr(part, field.name)
             values[next(names)] = redacted(value)
     return values
+
+
+def changed_flags(run: RunConfig, before: Mapping[str, Any]) -> list[str]:
+    """`--lr 0.001 -> 0.01` of each flag that training depends on and that had another value `before`, which is an
+    earlier run's `flag_values`."""
+    changed = []
+    names, now = iter(flag_types()), flag_values(run)
+    for group in fields(RunConfig):
+        part = getattr(run, group.name)
+        for name in [next(names) for f in fields(part) if f.name not in NO_FLAGS]:
+            if (
+                group.name in TRAINS
+                and name not in TRAINS_NOT
+                and name in before
+                and before[name] != now[name]
+            ):
+                changed.append(f"--{name.replace('_', '-')} {before[name]} -> {now[name]}")
+    return changed
 
 
 def config_text(run: RunConfig, given: Collection[str]) -> str:

@@ -1,24 +1,44 @@
 """Secrets taken out of what is written: logs, checkpoints, params.txt, config.yaml, reports, `ps`."""
 
+import contextlib
+import functools
 import logging
 import os
 import re
 import traceback
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 HIDDEN = "…"
-NAMES = r"(?:secret|token(?!s|iz)|passw|signature|credential|api[-_]?key|access[-_]?key)"
+# Whatever they hold is secret
+NAMES = (
+    r"(?:secret|passw|passphrase|(?<=_)pwd|credential|api[-_]?key|access[-_]?key|private[-_]?key|account[-_]?key|"
+    r"connection[-_]?string)"
+)
+TOKEN = (
+    r"(?:token(?!s|iz)|signature)"  # a number behind these is a count or an id ("token id: 50256"), no secret
+)
+FLAG = rf"(?<!\S)--?[\w-]*(?:{NAMES}|token(?!s|iz|-id))[\w-]*"
 PATTERNS = [
     (re.compile(r"(\w+://)[^/\s'\"@]+@"), r"\1"),
     (re.compile(r"(\w+://[^\s'\"?]+)\?[^\s'\")]+"), rf"\1?{HIDDEN}"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), rf"\1{HIDDEN}"),
-    # a number is a count or an id ("token id: 50256"), no secret
-    (re.compile(rf"(?i)([\w-]*{NAMES}[\w-]*['\"]?\s*[=:]\s*['\"]?)(?![\d.,]+(?:\W|$))[^\s'\"&]+"), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?i)([\w-]*{NAMES}[\w-]*['\"]?\s*[=:]\s*['\"]?)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?i)([\w-]*{TOKEN}[\w-]*['\"]?\s*[=:]\s*['\"]?)(?![\d.,]+(?:\W|$))[^\s'\"&]+"), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?i)({FLAG}\s+['\"]?)(?!-)[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\b(sig=)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), HIDDEN),
-    (re.compile(r"\b(hf_|gh[pousr]_|sk-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), HIDDEN),
 ]  # fmt: skip
-SECRET_VARIABLE = re.compile(r"(?i)secret|token|passw|credential|api_?key|access_?key|private_?key")
+STRONG_VARIABLE = re.compile(rf"(?i){NAMES}")
+# the word, not MAX_TOKENS, TOKENIZER or EOS_TOKEN_ID; not MONKEY
+WEAK_VARIABLE = re.compile(
+    r"(?i)token(?:_?\d+)?$|token_(?!ids?$|count|limit|name|type)|(?:^|_)key(?:_?\d+)?$|(?:^|_)sas$"
+)
+OF_A_PATH = re.compile(r"(?i)_(?:file|path|dir|folder)$")
+WORD = re.compile(r"[a-z]{0,16}|[A-Z]{0,16}|[A-Z][a-z]{0,15}|\d{1,6}")
 SHORTEST = 8  # characters of a variable's value that is looked for: shorter ones are words
 
 
@@ -33,9 +53,38 @@ def redact(text: str) -> str:
 
 
 def environment_secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of variables whose names say that they are secret; not those that are paths or true, false, …"""
-    named = (value for name, value in environment.items() if SECRET_VARIABLE.search(name))
-    return [value for value in named if len(value) >= SHORTEST and not value.startswith(("/", "~"))]
+    """Values of variables that are secret, the longest first, as they are and as they stand in URLs."""
+    values = {value for name, value in environment.items() if is_secret(name, value)}
+    return sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_secret(name: str, value: str) -> bool:
+    """Whether a variable's name says so: SECRET, PASSWORD, API_KEY, … of any value that is no path, the last word
+    KEY or TOKEN of one that looks random, as counts and names of things are called so, too."""
+    if len(value) < SHORTEST or OF_A_PATH.search(name):
+        return False
+    if STRONG_VARIABLE.search(name):
+        # an AWS key may begin with a slash, too
+        is_path = value.startswith(("/", "~")) and (looks_harmless(value) or exists(value))
+        return not is_path
+    return WEAK_VARIABLE.search(name) is not None and not (looks_harmless(value) or exists(value))
+
+
+def looks_harmless(value: str) -> bool:
+    """A number, or words: `checkpoints`, `manifest.jsonl`, `run-12`."""
+    with contextlib.suppress(ValueError):
+        float(value)
+        return len(value) < 20
+    return all(WORD.fullmatch(part) for part in re.split(r"[-_./~\s,:]", value))
+
+
+def exists(path: str) -> bool:
+    """Whether it is a path on this host."""
+    try:
+        return os.path.lexists(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return False
 
 
 def redacted(value: Any) -> Any:

@@ -9,6 +9,7 @@ Legend: L tokens of a stored sequence.
 
 import os
 import weakref
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,11 @@ def check_layout(fd: int, shard: Shard, layout: Layout, cut_short: bool = False)
 
 def read_header(fd: int, offset: int) -> tuple[str, int | None]:
     """Name and size of the member whose content begins at `offset`; ("", None) if there is no header before."""
-    header = os.pread(fd, BLOCK_BYTES, offset - BLOCK_BYTES)
+    return parse_header(os.pread(fd, BLOCK_BYTES, offset - BLOCK_BYTES))
+
+
+def parse_header(header: bytes) -> tuple[str, int | None]:
+    """Name and size of a tar's member; ("", None) if this is no header."""
     try:
         if header[257:262] != b"ustar":
             return "", None
@@ -117,17 +122,15 @@ def read_header(fd: int, offset: int) -> tuple[str, int | None]:
         return "", None
 
 
-class BinaryShard:
-    """The sequences of one open tar of binary members: `len(shard)`, `shard[i]` → int64 array of token ids, and
-    `read_into`. `close()`, or the shard's end, releases the file."""
+class BinarySequences(ABC):
+    """The sequences of one tar of binary members: `len(shard)`, `shard[i]` → int64 array of token ids, and
+    `read_into`."""
 
-    def __init__(self, url: str, fd: int, layout: Layout):
+    def __init__(self, url: str, layout: Layout):
         self.url = url
-        self.fd = fd
         self.layout = layout
         self.sequence_tokens = layout.sequence_tokens
         self.dtype = DTYPES[layout.key]
-        self.close = weakref.finalize(self, os.close, fd)
 
     def __len__(self) -> int:
         return self.layout.count
@@ -136,6 +139,30 @@ class BinaryShard:
         tokens_L = np.empty(self.layout.sequence_tokens, dtype=self.dtype)
         self.read_into(tokens_L, i)
         return tokens_L.astype(np.int64)
+
+    @abstractmethod
+    def read_into(self, tokens: np.ndarray, i: int, start: int = 0) -> None:
+        """Fills a contiguous array of the shard's dtype with the tokens of sequence i from `start` on."""
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """The sample's member name."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Releases what the shard holds."""
+
+
+class BinaryShard(BinarySequences):
+    """The sequences of an open tar. `close()`, or the shard's end, releases the file."""
+
+    def __init__(self, url: str, fd: int, layout: Layout):
+        super().__init__(url, layout)
+        self.fd = fd
+        self.release = weakref.finalize(self, os.close, fd)
+
+    def close(self) -> None:
+        self.release()
 
     def read_into(self, tokens: np.ndarray, i: int, start: int = 0) -> None:
         """Fills a contiguous array of the shard's dtype with the tokens of sequence i from `start` on.

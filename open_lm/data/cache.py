@@ -67,6 +67,11 @@ def find_cache(config: DataConfig) -> Cache:
     return Cache(folder, int(config.data_cache_gib * GIB), patience=patience)
 
 
+def path_in(cache: Cache, name: str) -> Path:
+    """Where the file of this name is, if it is there."""
+    return cache.folder / f"{name}.tar"
+
+
 def open_cached(path: Path) -> int:
     """A descriptor of a cached file, which thereby is the most recently used. FileNotFoundError."""
     fd = os.open(path, os.O_RDONLY)
@@ -83,7 +88,7 @@ def open_or_write(
     It stays valid when the file is evicted. `size`: its bytes, if known: room is made before. OSError says what
     to do where the disk is full; nothing partial stays, whatever `write` raises.
     """
-    path = cache.folder / f"{name}.tar"
+    path = path_in(cache, name)
     with suppress(FileNotFoundError):
         return open_cached(path)
     with locked(cache.folder / f"{name[:3]}.lock"):

@@ -5,19 +5,30 @@ Rows are as narrow as the vocabulary allows, because they travel between process
 Legend: B rows, L = sequence length + 1 tokens of a row.
 """
 
+import functools
 import logging
+import os
 import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import numpy as np
 
-from open_lm.data.binary import BinaryShard, UnreadableSample
+from open_lm.data.binary import BinarySequences, BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
 from open_lm.data.randomness import draw
-from open_lm.data.remote import Cache
+from open_lm.data.ranges import (
+    CONNECTIONS,
+    NotAsPromised,
+    RangedShard,
+    Threads,
+    find_ranged,
+    may_have_ranges,
+)
+from open_lm.data.remote import Cache, is_local
 from open_lm.data.shards import ShardReader, open_shard
 from open_lm.data.source_order import LANES
 
@@ -25,6 +36,10 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
+RANGED_SHARE = 16  # no more than a 16th of a shard's rows, and those of a batch, are read by ranges
+FETCHES = 4  # whole shards at a time, beside those that are read ahead
+
+Reader = ShardReader | BinarySequences
 
 
 class Rows(NamedTuple):
@@ -45,21 +60,90 @@ class OpenShards:
         self.limit = limit
         self.cut_short = cut_short
         """Whether the readable part of a tar that is cut short will do."""
-        self.readers: OrderedDict[str, ShardReader | BinaryShard] = OrderedDict()
+        self.readers: OrderedDict[str, Reader] = OrderedDict()
+        self.start()
 
-    def get(self, shard: Shard) -> ShardReader | BinaryShard:
+    def start(self) -> None:
+        """With threads of this process."""
+        self.process = os.getpid()
+        self.asking = Threads(CONNECTIONS, "ranges")
+        self.fetching = Threads(FETCHES, "whole shards")
+
+    def get(self, shard: Shard) -> Reader:
         """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
-        is gone, also after waiting for it."""
+        is gone, also after waiting for it; OSError if rows that were read by ranges are not those it has."""
         reader = self.readers.get(shard.url)
-        if reader is not None:
-            self.readers.move_to_end(shard.url)
-            return reader
-        reader = self.readers[shard.url] = self.open(shard)
+        if isinstance(reader, RangedShard) and reader.whole is not None and reader.whole.done():
+            reader = self.replace(reader)
+        if reader is None:
+            return self.put(self.open(shard))
+        self.readers.move_to_end(shard.url)
+        return reader
+
+    def put(self, reader: Reader) -> Reader:
+        self.readers[reader.url] = reader
         if len(self.readers) > self.limit:
             self.readers.popitem(last=False)[1].close()
         return reader
 
+    def prepare(self, wanted: Sequence[tuple[Shard, int]]) -> None:
+        """Gets the bytes of those (shard, sequence) whose shards are remote and not in the cache yet, all at the
+        same time, and then has the shards fetched. Errors as of `get`."""
+        sequences: dict[Shard, list[int]] = {}
+        for shard, sequence in wanted:
+            if not is_local(shard.url):
+                sequences.setdefault(shard, []).append(sequence)
+        if not sequences:
+            return
+        if self.process != os.getpid():  # forked: the threads, and their connections, are the parent's
+            self.start()
+            for url in [url for url, reader in self.readers.items() if isinstance(reader, RangedShard)]:
+                del self.readers[url]
+        new = [s for s in sequences if s.url not in self.readers and may_have_ranges(s, self.cache)]
+        finding = [self.asking.submit(functools.partial(find_ranged, shard, self.cache)) for shard in new]
+        for future in finding:
+            if (ranged := future.result()) is not None:
+                self.put(ranged)
+        for shard in sequences:  # who is faster than the fetch waits: requests, and their bytes, stay few
+            reader = self.readers.get(shard.url)
+            if isinstance(reader, RangedShard) and len(reader.given) > reader.layout.count // RANGED_SHARE:
+                self.replace(reader)
+        readers = [
+            (reader, sequences[shard])
+            for shard in sequences
+            if isinstance(reader := self.readers.get(shard.url), RangedShard)
+            and not (reader.whole is not None and reader.whole.done())
+        ]
+        keeping = [
+            (reader, self.asking.submit(functools.partial(reader.keep, together)))
+            for reader, needed in readers
+            for together in reader.requests(needed)
+        ]
+        for reader, future in keeping:
+            try:
+                future.result()
+            except (FileNotFoundError, NotAsPromised):  # the whole shard tells what is wrong, if it is
+                if self.readers.get(reader.url) is reader:
+                    self.replace(reader)
+        for reader, _ in readers:
+            self.fetch(reader)
+
+    def fetch(self, reader: RangedShard) -> "Future[Reader]":
+        """Has the whole shard fetched, once."""
+        if reader.whole is None:
+            reader.whole = self.fetching.submit(functools.partial(self.open, reader.shard))
+        return reader.whole
+
+    def replace(self, reader: RangedShard) -> Reader:
+        """Waits for the whole shard and takes it from now on."""
+        del self.readers[reader.url]
+        whole = self.fetch(reader).result()
+        assert isinstance(whole, BinaryShard)  # its layout is promised
+        reader.compare(whole)
+        return self.put(whole)
+
     def open(self, shard: Shard) -> ShardReader | BinaryShard:
+        """The whole shard, fetched if it is remote."""
         patience = self.cache.patience
         for attempt in range(1, min(patience.retries, GONE_RETRIES) + 1):
             try:
@@ -114,10 +198,11 @@ class SequenceReader:
         tokens_BL = np.zeros((len(places), self.length), dtype=self.dtype)
         good_B = np.zeros(len(places), dtype=bool)
         bad = []
+        self.open_shards.prepare([(self.sources[source].shards[shard], i) for source, shard, i in places])
         for row, (row_L, (source, shard, sequence)) in enumerate(zip(tokens_BL, places, strict=True)):
             reader = self.open_shards.get(self.sources[source].shards[shard])
             try:
-                if isinstance(reader, BinaryShard) and reader.dtype == self.dtype:
+                if isinstance(reader, BinarySequences) and reader.dtype == self.dtype:
                     spare = reader.sequence_tokens - self.length
                     start = self.crop(spare, crop_names, first + row) if spare else 0
                     if spare >= 0:
@@ -153,7 +238,7 @@ class SequenceReader:
         """Where the window of a sequence begins that is `spare` tokens too long."""
         return draw(spare + 1, *names, slot) if spare > 0 and names else 0
 
-    def check(self, tokens_L: np.ndarray, reader: ShardReader | BinaryShard, sequence: int) -> np.ndarray:
+    def check(self, tokens_L: np.ndarray, reader: Reader, sequence: int) -> np.ndarray:
         """The tokens with ids in the vocabulary. ValueError if there are others."""
         if tokens_L.dtype.kind == "i":  # -1 is the last id
             tokens_L = np.where(

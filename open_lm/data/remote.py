@@ -1,8 +1,8 @@
 """Files behind URLs: local paths, whatever fsspec knows (s3:// through s3fs, http), and `pipe:COMMAND`.
 
 Remote files are fetched whole, in parts, into the cache: a sequence may be anywhere in a shard, and with 64
-shards read at a time each is read for long. S3 is set up by the usual AWS_* variables, AWS_ENDPOINT_URL among
-them; FSSPEC_S3_ANON=true reads public buckets without keys.
+shards read at a time each is read for long. Until one is there, `ranges` reads single rows. S3 is set up by the
+usual AWS_* variables, AWS_ENDPOINT_URL among them; FSSPEC_S3_ANON=true reads public buckets without keys.
 """
 
 import functools
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
 PART_BYTES = 16 * 2**20
+S3_CONNECTIONS = 64  # of a process: rows of a batch and parts of files at the same time
 REFETCHES = 2  # of a whole file that came, and is not what it should be
 # What the commands of cloud stores and curl print about what will not change; 126 and 127 are the shell's.
 LASTING_OUTPUT = re.compile(
@@ -116,14 +117,9 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
     assert cache is not None
     make_private_folder(cache.folder)
     found = None
-    if sha256 is not None:
-        identity = sha256
-    elif url.startswith(PIPE):
-        identity = f"{url}\n{cache.run}"
-    else:
+    if sha256 is None and not url.startswith(PIPE):
         found = find_remote(url, cache.patience)
-        identity = f"{url}\n{found.version}"
-    name = hashlib.sha256(identity.encode()).hexdigest()[:40]
+    name = name_in_cache(url, cache, sha256, found)
     expected = Expected(size, sha256)
     return open_or_write(
         cache,
@@ -132,6 +128,13 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
         lambda file: fetch(url, file, cache.patience, expected, found),
         size if found is None else found.size,
     )
+
+
+def name_in_cache(url: str, cache: Cache, sha256: str | None, found: "Found | None") -> str:
+    """What the file is called in the cache: after its digest, else its version, else its run."""
+    version = None if found is None else found.version
+    identity = sha256 or f"{url}\n{cache.run if version is None else version}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:40]
 
 
 class Found(NamedTuple):
@@ -254,7 +257,8 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
-        ours = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"total_max_attempts": 1}}
+        ours = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"total_max_attempts": 1},
+                "max_pool_connections": S3_CONNECTIONS}  # fmt: skip
         options["config_kwargs"] = configured | ours
     elif protocol in ("http", "https"):
         import aiohttp

@@ -131,6 +131,13 @@ class Log:
             self._bar.stop()
             self._bar = None
 
+    def failure(self, reason: str) -> None:
+        """The error that ends the run: in the text log, and as {"failed": reason} in log.jsonl."""
+        self.end_progress()
+        logger.error("the run ends by an error: %s", reason)
+        if self._jsonl is not None:
+            self._write_json({"failed": reason, "time": time.time()})
+
     def close_metrics(self, failed: bool = False) -> None:
         """Flushes and closes everything but the text log, in bounded time. `failed`: the run ends by an error."""
         self.end_progress()

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from open_lm.log.record import logger
@@ -23,15 +24,23 @@ class Owner:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Raises ValueError, naming host and process, where another one holds it."""
+        """Raises ValueError, naming host and process, where another one holds it; OSError if it cannot be made."""
+        self.folder = folder
+        self._is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
-        _held.add(self._file)
-        try:
-            _lock(self._file, folder)
-        except ValueError:
+        while True:
+            self._file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o644)
+            _held.add(self._file)
+            try:
+                _lock(self._file, folder)
+                if os.path.samestat(os.fstat(self._file), os.stat(folder / NAME)):
+                    break
+            except FileNotFoundError:  # its last owner has left nothing
+                folder.mkdir(parents=True, exist_ok=True)
+            except ValueError:
+                self.release()
+                raise
             self.release()
-            raise
         os.ftruncate(self._file, 0)
         owner = {
             "host": socket.gethostname(),
@@ -40,26 +49,17 @@ class Owner:
         }
         os.write(self._file, json.dumps(owner).encode())
 
-    def release(self) -> None:
-        """Lets others have it. The file stays, and says who was the last."""
-        if self._file in _held:
-            _held.remove(self._file)
-            os.close(self._file)
-
-
-def refuse_owned(folder: Path) -> None:
-    """Raises ValueError where another process holds the folder now."""
-    try:
-        file = os.open(folder / NAME, os.O_RDWR)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        logger.debug("%s: %s", folder / NAME, error)
-        return
-    try:
-        _lock(file, folder)
-    finally:
-        os.close(file)
+    def release(self, leave_nothing: bool = False) -> None:
+        """Lets others have it. The file stays, and says who was the last; with `leave_nothing` a folder that was
+        made for this owner, and holds nothing else, goes."""
+        if self._file not in _held:
+            return
+        if leave_nothing and self._is_new and os.listdir(self.folder) == [NAME]:
+            with suppress(OSError):
+                os.unlink(self.folder / NAME)
+                os.rmdir(self.folder)
+        _held.remove(self._file)
+        os.close(self._file)
 
 
 def _lock(file: int, folder: Path) -> None:

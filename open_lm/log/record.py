@@ -1,6 +1,9 @@
 """What ran, kept in the run's folder: its flags and its code. Nothing that was kept earlier is overwritten."""
 
+import contextlib
+import errno
 import logging
+import os
 import subprocess
 from pathlib import Path
 
@@ -26,7 +29,20 @@ def keep_flags(folder: Path, params: str, config: str) -> None:
     for stem, suffix, text in (("params", ".txt", params), ("config", ".yaml", config)):
         last, free = numbered(folder, stem, suffix)
         if last is None or lines(last.read_text(encoding="utf-8")) != lines(text):
-            free.write_text(text, encoding="utf-8")
+            write_whole(free, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of the file or nothing of it. OSError names it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        code = error.errno or errno.EIO
+        raise OSError(code, f"cannot write {path}: {error.strerror or error}") from error
 
 
 def numbered(folder: Path, stem: str, suffix: str = "") -> tuple[Path | None, Path]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import varlen
+from torch.nn.attention import SDPBackend, varlen
 
 from open_lm.config.model import ModelConfig
 from open_lm.nn.documents import Documents
@@ -99,6 +99,28 @@ def torch_attn(
         enable_gqa=q_BSHK.shape[2] != k_BTGK.shape[2],
     )
     return o_BHSV.transpose(1, 2)
+
+
+def kernel_of(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """What computes attention in training: of torch's kernels its own choice, else the name of --attn-name."""
+    if ATTENTIONS[config.attn_name] is not torch_attn:
+        return config.attn_name
+    shape_HK = (
+        (config.n_heads, config.qk_head_dim),
+        (config.kv_heads, config.qk_head_dim),
+        (config.kv_heads, config.value_head_dim),
+    )
+    q, k, v = (torch.empty(1, h, config.seq_len, width, device=device, dtype=dtype) for h, width in shape_HK)
+    mask_ST = None
+    if config.document_attention:
+        if can_skip(q, v) and not config.attn_dropout:
+            return "flash (of variable length)"
+        mask_ST = causal_mask(config.seq_len, config.seq_len, device)
+    grouped = config.n_heads != config.kv_heads
+    choice = torch._fused_sdp_choice(
+        q, k, v, mask_ST, config.attn_dropout, mask_ST is None, enable_gqa=grouped
+    )
+    return SDPBackend(choice).name.removesuffix("_ATTENTION").lower()
 
 
 def can_skip(q_BSHK: Tensor, v_BTGV: Tensor) -> bool:

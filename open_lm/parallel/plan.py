@@ -199,6 +199,12 @@ def _parameters_as(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             owner._parameters[name] = parameter
 
 
+def compute_dtype(distributed: DistributedConfig, precision: PrecisionName) -> torch.dtype:
+    """The dtype of a forward pass's products."""
+    gathered = _mixed_precision(distributed, precision).param_dtype
+    return AUTOCAST.get(precision) or gathered or WHOLE_MODEL.get(precision, torch.float32)
+
+
 def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextManager:
     """The context for forward passes: fp16 or bf16 autocast for amp…, none for bf16, fp16 and fp32."""
     if precision not in AUTOCAST:

@@ -26,7 +26,7 @@ def refusing(every_rank: bool = False) -> Iterator[None]:
         if rank == 0 or every_rank:
             where = f"[rank {rank}] " if rank else ""
             print(f"open_lm.main: error: {where}{redact(str(error))}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        raise SystemExit(2) from error
 
 
 def agree(prepare: Callable[[], T]) -> T:
@@ -45,5 +45,5 @@ def agree(prepare: Callable[[], T]) -> T:
         if mesh.this_rank() == 0:
             where = f"[rank {first}] " if first else ""
             print(f"open_lm.main: error: {where}{redact(str(errors[first]))}", file=sys.stderr, flush=True)
-        raise SystemExit(2)
+        raise SystemExit(2) from ValueError(errors[first])
     return result  # pyright: ignore[reportReturnType]

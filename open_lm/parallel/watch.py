@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -51,8 +51,10 @@ class Watch:
         self.folder: str | None = None
         """Where what explains a hang is written; the run's folder, once it is known."""
         self.reason = ""
+        self.tell: Callable[[str], None] = lambda text: None
+        """Keeps the reason for which the run ends by an error; the log's, once it is open."""
         self._store: dist.Store | None = None
-        self._asked, self._closing = threading.Event(), threading.Event()
+        self._asked, self._closing, self._resting = threading.Event(), threading.Event(), threading.Lock()
         self._asked_at: float | None = None
         self._told = self._ending = False
         self._failed_at: float | None = None
@@ -84,8 +86,13 @@ class Watch:
         self._thread = threading.Thread(target=self._work, name="watch", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends the thread; signals do again what they did before."""
+    def leave_ranks(self) -> None:
+        """No other rank is heard or told any more, as their store goes; signals still are."""
+        self._store = None
+
+    def close(self, ends: bool = False) -> None:
+        """Ends the thread; signals do again what they did before, or, where the process `ends` now, nothing: what
+        is done stays done, and its exit status is what it is."""
         if self._thread is None:
             return
         self._closing.set()
@@ -94,9 +101,9 @@ class Watch:
         self._thread = None
         self.rest()
         if self._previous:
-            signal.set_wakeup_fd(self._previous_fd)
             for number, handler in self._previous.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if ends else handler)
+            signal.set_wakeup_fd(self._previous_fd)
             _in_children(())
             self._previous = {}
         self._here.close()
@@ -108,9 +115,10 @@ class Watch:
 
     def rest(self) -> None:
         """From now on nothing is a hang: last copies and sinks have limits of their own."""
-        if self.hang_seconds:
-            self.hang_seconds = 0.0
-            faulthandler.cancel_dump_traceback_later()
+        with self._resting:
+            if self.hang_seconds:
+                self.hang_seconds = 0.0
+                faulthandler.cancel_dump_traceback_later()
 
     def asked(self) -> bool:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
@@ -146,7 +154,10 @@ class Watch:
     def _follow(self, first: str) -> None:
         """Ends the process, as another rank failed first; that one prints the traceback."""
         rank, _, message = first.partition(" ")
-        say(f"[rank {self.rank}] ends, because rank {rank} failed first: {message.splitlines()[0]}")
+        reason = f"rank {rank} failed first: {message.splitlines()[0]}"
+        say(f"[rank {self.rank}] ends, because {reason}")
+        with suppress(Exception):
+            self.tell(reason)
         assert self._store is not None
         with suppress(Exception):
             self._store.add("ended", 1)
@@ -174,8 +185,8 @@ class Watch:
                 except Exception as error:  # whoever holds the store is gone
                     logger.debug("the ranks' store does not answer: %s", error)
                     self._store = None
-            if self.hang_seconds and not (self._closing.is_set() or self._ending):
-                self._look_for_hang()
+            if not (self._closing.is_set() or self._ending) and self._hangs():
+                self._end_hang()
 
     def _hear(self, number: int) -> None:
         now = time.monotonic()
@@ -209,16 +220,21 @@ class Watch:
         if store.check(["hang"]):
             self._end_hang()
 
-    def _look_for_hang(self) -> None:
-        limit = self.hang_seconds * GENEROUS.get(self.state.phase, 1)
-        # should nothing run but C code that holds Python's lock: torch and the interpreter show the stacks, and end
-        with suppress(OSError, ValueError, RuntimeError, AttributeError):
-            faulthandler.dump_traceback_later(limit + UNSTOPPABLE_SECONDS, exit=True, file=stderr())
-        if time.monotonic() - self.state.since > limit:
-            if self._store is not None:
-                self._store.set("hang", str(self.rank))
-                self._store.set("event", "hang")
-            self._end_hang()
+    def _hangs(self) -> bool:
+        """Whether this rank has made no progress for too long; the others are then told."""
+        with self._resting:  # a time limit that is set after `rest` would end a healthy process
+            if not self.hang_seconds:
+                return False
+            limit = self.hang_seconds * GENEROUS.get(self.state.phase, 1)
+            # should nothing run but C code that holds Python's lock: the interpreter shows the stacks, and ends
+            with suppress(OSError, ValueError, RuntimeError, AttributeError):
+                faulthandler.dump_traceback_later(limit + UNSTOPPABLE_SECONDS, exit=True, file=stderr())
+            if time.monotonic() - self.state.since <= limit:
+                return False
+        if self._store is not None:
+            self._store.set("hang", str(self.rank))
+            self._store.set("event", "hang")
+        return True
 
     def _end_hang(self) -> None:
         report_hang(self.rank, self.world_size, self.state, self._main, self._store, self.folder)

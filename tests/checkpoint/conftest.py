@@ -18,16 +18,18 @@ class KilledError(BaseException):
 def write_checkpoint() -> Callable:
     """`write_checkpoint(run_folder, label, step)`: as a save leaves it on disk; between intervals with label None.
 
-    `kept` is how many states between intervals stay.
+    `value` of the weights is the step's else. `kept` is how many states between intervals stay.
     """
 
-    def write(folder: Path, label: str | None, step: int, *others: str, kept: int = 2) -> None:
+    def write(
+        folder: Path, label: str | None, step: int, *others: str, kept: int = 2, value: float | None = None
+    ) -> None:
         checkpoints = folder / "checkpoints"
         files.prepare(checkpoints)
         target = state.state_folder(checkpoints, step)
         waiting = state.temporary_folder(target)
         waiting.mkdir()
-        weights = torch.full((2, 3), float(step))
+        weights = torch.full((2, 3), float(step) if value is None else value)
         tensors = {"model/w": weights, "average/ema_0.9_1/w": weights}
         parts = {key: ((0,) * tensor.ndim, tensor) for key, tensor in tensors.items()}
         content = {

@@ -154,6 +154,22 @@ def test_the_newer_of_here_and_there(sources, tmp_path, whole, bucket) -> None:
     assert equal(run, whole)
 
 
+def test_going_back_abandons_what_is_there_too(sources, tmp_path, bucket) -> None:
+    main(flags(sources, tmp_path, f"{S3} --max-steps 9"))
+    first = "runs/run/checkpoints/abandoned_after_step_3"
+    shutil.rmtree(tmp_path / "run")  # a host that has nothing
+    start = "s3://bucket/runs/run/checkpoints/epoch_1.pt"
+    main(flags(sources, tmp_path, f"{S3} --resume {start} --lr 1e-3 --max-steps 4"))
+    assert {"step_9/digests.json", "step_6/state.json", "epoch_2.pt", "epoch_3.pt"} <= {
+        name.removeprefix(f"{first}/") for name in keys() if name.startswith(first)
+    }
+    shutil.rmtree(tmp_path / "run")
+    main(flags(sources, tmp_path, f"{S3} --resume latest --lr 1e-3 --max-steps 5"))
+    assert "at step 4" in (tmp_path / "run/out.log").read_text()
+    assert steps(tmp_path / "run")[-2:] == [4, 5]
+    assert not list(tmp_path.glob("run/checkpoints/abandoned*")), "not fetched"
+
+
 def test_urls_to_start_and_evaluate_from(sources, tmp_path, whole, bucket, capsys, monkeypatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()

@@ -5,12 +5,17 @@ import logging
 import pytest
 
 from open_lm.config import RunConfig
-from open_lm.config.parse import config_text, flag_values, parse
-from open_lm.config.redact import Redacting, redact, redacted
+from open_lm.config.parse import config_text, flag_types, flag_values, parse
+from open_lm.config.redact import Redacting, environment_secrets, redact, redacted
 
 SECRET = [
     "https://me:hunter2@store.example/x", "s3://b/x?X-Amz-Signature=hunter2&a=1", "api_key=hunter2x",
     "AWS_SECRET_ACCESS_KEY: hunter2", '"token": "hunter2"', "Authorization: Bearer hunter2", "--password=hunter2",
+    "AccountName=me;AccountKey=hunter2==;EndpointSuffix=core.windows.net", "--password hunter2",
+    "--db-token 'hunter2'",
+    "a.blob.core.windows.net/x?sv=1&sig=hunter2%3D", "github_" + "pat_11ABCDEFG0hunter2hunter2hunter2",
+    "xox" + "b-123456789012-hunter2hunter2", "AI" + "zaSyhunter2hunter2hunter2hunter2hunter2",
+    "passphrase: hunter2",
 ]  # fmt: skip
 PLAIN = [
     "step 5 | tokens 640 | loss 3.2", "tokens: 640", "token id: 50256", "the tokenizer: tokenizer.json",
@@ -34,6 +39,49 @@ def test_values_of_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setenv("SSH_KEY_PATH", "/home/me/key")
     assert redact("it said q9w8e7r6t5, false, /home/me/key") == "it said …, false, /home/me/key"
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/wJa+rX/K7MDENGbPxRfi")
+    assert redact("see /wJa+rX/K7MDENGbPxRfi and %2FwJa%2BrX%2FK7MDENGbPxRfi") == "see … and …"
+
+
+def test_a_password_of_digits_goes() -> None:
+    assert "31337000" not in redact("password=31337000, db_pwd: 31337000, --secret 31337000")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", "/wJalrXUtnFEMI/K7MDENG"), ("SOME_PASSWORD", "~hunter2hunter2"),
+        ("MY_KEY", "q9w8e7r6t5"), ("GPG_KEY", "A035C8C19219BA821ECEA86B64E628F8"),
+        ("DB_PASSPHRASE", "correct horse"),
+        ("AZURE_STORAGE_KEY", "Zm9vYmFy0123=="), ("MYSQL_PWD", "checkpoints"), ("HF_TOKEN", "hf_AbCdEf123"),
+        ("TOKEN_2", "q9w8e7r6t5"), ("GHTOKEN", "q9w8e7r6t5"),
+        ("AZURE_STORAGE_CONNECTION_STRING", "a=b;AccountKey=c"),
+        ("DB_PASSWORD", "1234567890"),
+    ],
+)  # fmt: skip
+def test_secret_variables(name: str, value: str) -> None:
+    assert value in environment_secrets({name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RUN_TOKEN_ID", "checkpoints"), ("NUM_TOKENS", "1000000000"), ("TOKENIZED", "manifest.jsonl"),
+        ("EOS_TOKEN_ID", "a1b2c3d4e5"), ("RUN_TOKEN", "checkpoints"), ("SORT_KEY", "manifest.jsonl"),
+        ("MAX_TOKEN", "1000000000"), ("MONKEY", "a1b2c3d4e5"), ("TOKENIZERS_PARALLELISM", "falsefalse"),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json"), ("PWD", "/a1B2/c3D4e5"),
+        ("KEY_FILE", "a1b2c3d4.pem"),
+    ],
+)  # fmt: skip
+def test_harmless_variables(name: str, value: str) -> None:
+    assert environment_secrets({name: value}) == []
+
+
+def test_no_flag_of_ours_is_hidden() -> None:
+    for name in flag_types():
+        flag = "--" + name.replace("_", "-")
+        for text in (f"{flag} value1", f"{flag}=value1", f"{name}: value1"):
+            assert redact(text) == text
 
 
 def test_what_is_written_of_the_flags_but_not_what_the_run_uses() -> None:

@@ -1,5 +1,6 @@
 """Faults around checkpoints. Only the command line is used, and files that a glob finds."""
 
+import itertools
 import os
 import pickle
 import random
@@ -7,8 +8,9 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -62,28 +64,42 @@ def first_checkpoint(folder: Path) -> str:
 
 @fault(2, "SIGKILL during a save, at every file", "the checkpoint before loads; never a partial one")
 def kill_in_save(folder: Path, quick: bool) -> str:
-    flags = first_checkpoint(folder)
-    run(folder / "whole", f"{flags} --max-steps 6")
+    seen = [kill_at_files(folder / "one_rank", 1, 0, quick)]
+    if not quick:
+        seen += [kill_at_files(folder / f"rank_{rank}_of_two", 2, rank, quick) for rank in (0, 1)]
+    return "; ".join(seen)
+
+
+def kill_at_files(folder: Path, ranks: int, killed: int, quick: bool) -> str:
+    """One rank dies before each of its file operations in turn; the others end by themselves, or are killed."""
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 9)}"
+    run(folder, f"{flags} --max-steps 3", ranks=ranks)
+    run(folder / "whole", f"{flags} --max-steps 6", ranks=ranks)
     expected = hash_of(newest_epoch(folder / "whole"))
     touched, number = [], 1
     while number <= 60:
         place = folder / f"kill_{number}"
         shutil.copytree(folder / "run", place / "run")
-        ranks = Ranks(place, f"{flags} --resume latest --max-steps 6", faults=f"kill_at_file:{number}")
-        (code,) = ranks.wait()
+        faults = f"kill_at_file:{number}:{killed}"
+        saving = Ranks(place, f"{flags} --resume latest --max-steps 6", ranks=ranks, faults=faults)
+        code = saving.processes[killed].wait(180)
         if code == 0:
+            saving.ends(*[0] * ranks)
             break
-        assert code == -9, ranks.text()
+        assert code == -9, saving.text()
+        saving.kill()
         touched.append((place / "touched").read_text().splitlines()[-1].split(" ", 2)[2])
-        again = run(place, f"{flags} --resume latest --max-steps 6")
+        again = run(place, f"{flags} --resume latest --max-steps 6", ranks=ranks)
         step = resumed_step(again)
         assert step in (3, 6), f"killed at {touched[-1]}: resumed at step {step}\n{again.text()}"
         assert hash_of(newest_epoch(place)) == expected, f"killed at {touched[-1]}"
         shutil.rmtree(place)
-        number = number * 3 if quick else number + 1
+        number = number * 3 if quick or ranks > 1 else number + 1
     assert touched
+    which = f"rank {killed} of {ranks}: " if ranks > 1 else ""
     return (
-        f"killed before {len(touched)} file operations ({', '.join(dict.fromkeys(touched))}): always 3 or 6"
+        f"{which}killed before {len(touched)} file operations ({', '.join(dict.fromkeys(touched))}): "
+        "always 3 or 6, and the weights of the uninterrupted run"
     )
 
 
@@ -106,16 +122,18 @@ def two_checkpoints(folder: Path) -> str:
     return flags
 
 
-def damage_newest(folder: Path, quick: bool, damage: str) -> str:
-    """Each file of the newest checkpoint damaged by itself."""
+def flip(content: bytes) -> bytes:
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+def damage_newest(folder: Path, quick: bool, *damages: Callable[[bytes], bytes]) -> str:
+    """Each file of the newest checkpoint damaged by itself, in each of these ways."""
     flags = two_checkpoints(folder)
     files = sorted(files_of_newest(folder), key=lambda f: -f.stat().st_size)[: 1 if quick else None]
     epoch, seen = newest_epoch(folder), []
-    for file in files:
-        content = file.read_bytes()
-        middle = len(content) // 2
-        changed = bytes([content[middle] ^ 1]) + content[middle + 1 :] if damage == "flip" else b""
-        file.write_bytes(content[:middle] + changed)
+    for file, damage in itertools.product(files, damages):
+        file.write_bytes(damage(file.read_bytes()))
         explicit = Ranks(folder, f"{flags} --resume {epoch} --max-steps 6")
         (code,) = explicit.wait()
         assert code == 2, f"{file.name} damaged, but {epoch.name} was resumed:\n{explicit.text()[-1500:]}"
@@ -128,7 +146,8 @@ def damage_newest(folder: Path, quick: bool, damage: str) -> str:
         seen.append(file.name)
         shutil.rmtree(folder / "run")
         run(folder, f"{flags} --max-steps 6")
-    return f"{', '.join(seen)}: each named by --resume FILE (status 2), `latest` went on from step 3 with a warning"
+    names = ", ".join(dict.fromkeys(seen))
+    return f"{names}: each named by --resume FILE (status 2), `latest` went on from step 3 with a warning"
 
 
 @fault(
@@ -137,12 +156,53 @@ def damage_newest(folder: Path, quick: bool, damage: str) -> str:
     "an error that names it; `latest` falls back, warns",
 )
 def flipped_byte(folder: Path, quick: bool) -> str:
-    return damage_newest(folder, quick, "flip")
+    seen = damage_newest(folder, quick, flip)
+    return f"{seen}; {damaged_weights(folder)}; {other_files(folder)}"
+
+
+def damaged_weights(folder: Path) -> str:
+    """epoch_N.pt and the file of an average, by what loads them."""
+    place = folder / "weights"
+    run(place, f"{SYNTHETIC} {MOE} {steps(3, 3)} --averagers ema_0.9_1")
+    epoch, data = newest_epoch(place), f"--val-data {held_out(folder)} --data-key json"
+    average = next(epoch.parent.glob("ema_*.pt"))
+    for file, flags in (
+        (epoch, f"{SYNTHETIC} {MOE} {steps(3, 3)} --name other --pretrained {epoch}"),
+        (epoch, f"{data} --name other --resume {epoch}"),
+        (average, f"{data} --name other --resume {epoch} --averagers {average.stem.rpartition('_')[0]}"),
+    ):
+        content = file.read_bytes()
+        file.write_bytes(flip(content))
+        refused = Ranks(place, flags).ends(2)
+        assert f"{file} is damaged" in refused.text(), refused.text()[-1500:]
+        file.write_bytes(content)
+    return f"{epoch.name} and {average.name}: named by --pretrained and evaluation"
+
+
+def other_files(folder: Path) -> str:
+    """A file that does not belong into the newest state, and states that have changed their names."""
+    flags, checkpoints = f"{SYNTHETIC} {MOE} {steps(3, 9)}", folder / "run/checkpoints"
+    shutil.rmtree(folder / "run")
+    run(folder, f"{flags} --max-steps 6")
+    shard = next((checkpoints / "step_3").glob("*.safetensors"))
+    shutil.copy(shard, checkpoints / "step_6/zz.safetensors")
+    again = run(folder, f"{flags} --resume latest --max-steps 4")
+    assert resumed_step(again) == 3, again.text()
+    assert "zz.safetensors" in again.text()
+    shutil.rmtree(folder / "run")
+    run(folder, f"{flags} --max-steps 6")
+    for old, new in (("step_3", "x"), ("step_6", "step_3"), ("x", "step_6")):
+        (checkpoints / old).rename(checkpoints / new)
+    again = run(folder, f"{flags} --resume latest --max-steps 4")
+    assert resumed_step(again) == 0, again.text()
+    assert "the folder's name is not its own" in again.text()
+    return "a shard of another state is passed over, and so are states with each other's names"
 
 
 @fault(8, "the newest checkpoint is truncated", "falls back, warns")
 def truncated(folder: Path, quick: bool) -> str:
-    return damage_newest(folder, quick, "truncate")
+    seen = damage_newest(folder, quick, lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b[:-1])
+    return f"to half, to nothing and by its last byte: {seen}"
 
 
 @contextmanager
@@ -202,7 +262,40 @@ def full_disk(folder: Path, quick: bool) -> str:
             assert code == 2, denied.text()
             subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
             seen += f"; read-only: status {code}, “{denied.text().strip().splitlines()[-1][-100:]}”"
+    if mounted:
+        inside = [
+            full_inside(folder / f"full_{number}", name, left)
+            for number, (name, left) in enumerate(
+                (("shard-", 40_000), ("state.json", 4096), ("epoch_2", 40_000))
+            )
+        ]
+        seen += f"; ENOSPC inside {', '.join(inside)}: status 1, the file is named, step 3 is as it was"
     return seen
+
+
+def full_inside(disk: Path, name: str, left: int) -> str:
+    """The disk is full once so many bytes of a file are written, in spite of any look for space before."""
+    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)}"
+    with small_disk(disk):
+        run(disk, f"{flags} --max-steps 3")
+        (old,) = disk.glob("run/checkpoints/epoch_1.pt")
+        before = {file: file.read_bytes() for file in (old, *files_of_newest(disk))}
+        ranks = Ranks(disk, f"{flags} --resume latest", faults=f"fill_disk_in:{name}:{left}")
+        (code,) = ranks.wait()
+        (disk / "filler").unlink()
+        text = ranks.text()
+        assert code == 1, f"{name}: status {code}\n{text[-3000:]}"
+        said = re.search(rf"cannot write (\S*/{name}\S*).*No space left on device.*unchanged", text)
+        assert said, f"{name}: {text[-3000:]}"
+        assert all(file.read_bytes() == content for file, content in before.items()), name
+        left_over = [path.name for path in disk.glob("run/checkpoints/*.tmp") if path.is_dir()]
+        assert not left_over, f"{name}: {left_over}"
+        again = run(disk, f"{flags} --resume latest")
+        # the state of step 6 is whole where epoch_2.pt alone is not, which is made up for
+        expected = 6 if name.startswith("epoch") else 3
+        assert resumed_step(again) == expected, f"{name}: {again.text()}"
+        assert newest_epoch(disk).name == "epoch_2.pt", again.text()
+        return Path(said[1]).name
 
 
 class Malicious:
@@ -217,24 +310,42 @@ class Malicious:
 
 @fault(10, "a malicious pickle in place of every file that is loaded", "refused, nothing runs")
 def malicious(folder: Path, quick: bool) -> str:
-    flags = two_checkpoints(folder)
+    flags, data = f"{SYNTHETIC} {MOE} {steps(3, 9)}", f"--val-data {held_out(folder)} --data-key json"
+    run(folder, f"{flags} --max-steps 6 --averagers ema_0.9_1")
     epoch, marker = newest_epoch(folder), folder / "ran"
-    files = dict.fromkeys([epoch, *files_of_newest(folder)])
-    seen = []
-    for file in list(files)[: 2 if quick else None]:
+    average = next(epoch.parent.glob(f"ema_*_{epoch.stem.removeprefix('epoch_')}.pt"))
+    writes = {
+        "torch.save": lambda file: torch.save({"state_dict": Malicious(marker)}, file),
+        "pickle": lambda file: file.write_bytes(pickle.dumps(Malicious(marker))),
+    }
+    probe = folder / "probe.pt"
+    for write in writes.values():  # they do run where pickles are trusted
+        write(probe)
+        code = f"import pickle, torch; f = {str(probe)!r}\n"
+        code += "try: torch.load(f, weights_only=False)\nexcept Exception: pickle.load(open(f, 'rb'))"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        assert marker.exists()
+        marker.unlink()
+    averager = average.stem.rpartition("_")[0]
+    loads = dict.fromkeys((epoch, *files_of_newest(folder)), f"{flags} --resume {epoch} --max-steps 6")
+    loads[average] = f"{data} --name other --resume {epoch} --averagers {averager}"
+    for file, load in list(loads.items())[: 2 if quick else None]:
         content = file.read_bytes()
-        for write in (lambda f: torch.save({"state_dict": Malicious(marker)}, f),
-                      lambda f: f.write_bytes(pickle.dumps(Malicious(marker)))):  # fmt: skip
+        for name, write in writes.items():
             write(file)
-            Ranks(folder, f"{flags} --resume {epoch} --max-steps 6").wait()
-            other = Ranks(folder / "other", f"{flags} --pretrained {file} --max-steps 1")
-            (code,) = other.wait()
-            assert code, f"{file.name} was loaded"
-            assert not marker.exists(), f"{file.name} ran code"
+            pretrained = f"{flags} --name other --pretrained {file} --max-steps 1"
+            for arguments in dict.fromkeys((load, pretrained)):
+                (code,) = Ranks(folder, arguments).wait()
+                assert code == 2, f"{file.name}, by {name}: status {code} of {arguments}"
+                assert not marker.exists(), f"{file.name}, by {name}, ran code with {arguments}"
         file.write_bytes(content)
-        seen.append(file.name)
+    config = folder / "config.yaml"
+    config.write_text(f"lr: !!python/object/apply:os.system ['touch {marker}']\n")
+    Ranks(folder, f"{flags} --name other --config {config}").ends(2)
+    assert not marker.exists(), "config.yaml ran code"
     return (
-        f"{', '.join(seen)}: with torch.save's and plain pickles, by --resume and --pretrained: nothing ran"
+        f"{', '.join(file.name for file in loads)}: with torch.save's and plain pickles, by --resume and "
+        "--pretrained; a YAML object in --config: nothing ran"
     )
 
 
@@ -270,13 +381,17 @@ def other_source(folder: Path) -> Path:
     27, "a crash in evaluation", "the state was saved before: nothing is lost, the evaluation is made up for"
 )
 def crash_in_evaluation(folder: Path, quick: bool) -> str:
-    flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json"
-    crashed = Ranks(folder, flags, faults="fail_in_evaluation")
-    (code,) = crashed.wait()
-    assert code, "the injected error is lost"
-    again = run(folder, f"{flags} --resume latest")
-    assert resumed_step(again) == 3, again.text()
-    assert "no evaluation: evaluated now" in again.text()
-    evaluated = (folder / "run/checkpoints/results.jsonl").read_text().count('"step": 3')
-    assert evaluated == 1
-    return f"status {code}; resumed at step 3, which was evaluated then; done at step {last_step(folder)}"
+    seen = []
+    for extra in ("", "--save-frequency 10"):
+        place = folder / f"place{len(seen)}"
+        flags = f"{SYNTHETIC} {MOE} {steps(3, 6)} --val-data {held_out(folder)} --data-key json {extra}"
+        crashed = Ranks(place, flags, faults="fail_in_evaluation")
+        (code,) = crashed.wait()
+        assert code, "the injected error is lost"
+        again = run(place, f"{flags} --resume latest")
+        assert resumed_step(again) == 3, again.text()
+        assert "no evaluation: evaluated now" in again.text()
+        evaluated = (place / "run/checkpoints/results.jsonl").read_text().count('"step": 3')
+        assert evaluated == 1
+        seen.append(f"status {code}; resumed at step 3, which was evaluated then; done at {last_step(place)}")
+    return f"{seen[0]}; with --save-frequency 10: {seen[1]}"

@@ -3,9 +3,11 @@
 Steps count from 0; a fault with a rank is on that rank alone.
 """
 
+import builtins
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -156,8 +158,8 @@ def touch_files(action: Callable[[int, str], None]) -> None:
         setattr(os, name, touch)
 
 
-def kill_at_file(number: str) -> None:
-    """SIGKILL at the n-th touch of a file; `touched` lists them."""
+def kill_at_file(number: str, rank: str = "0") -> None:
+    """SIGKILL at the rank's n-th touch of a file; `touched` lists them."""
 
     def action(count: int, name: str) -> None:
         with open(INTO / "touched", "a") as file:
@@ -165,7 +167,32 @@ def kill_at_file(number: str) -> None:
         if count == int(number):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    touch_files(action)
+    if int(rank) == RANK:
+        touch_files(action)
+
+
+def fill_disk_in(name: str, left: str) -> None:
+    """Nearly fills the disk when a file under checkpoints/ whose name begins so is first opened for writing. What
+    looks for space before a save is told that there is enough of it."""
+    honest_open, honest_usage = builtins.open, shutil.disk_usage
+    filler = INTO / "filler"
+
+    def usage(path):
+        return honest_usage(path)._replace(free=1 << 40)
+
+    def opened(file, mode="r", *arguments, **options):
+        path = str(file)
+        if (
+            "w" in mode
+            and "/checkpoints/" in path
+            and Path(path).name.startswith(name)
+            and not filler.exists()
+        ):
+            with honest_open(filler, "wb") as full:
+                full.write(b"\0" * (honest_usage(INTO).free - int(left)))
+        return honest_open(file, mode, *arguments, **options)
+
+    shutil.disk_usage, builtins.open = usage, opened
 
 
 def slow_files(seconds: str) -> None:
@@ -197,7 +224,7 @@ def measure() -> None:
 
 
 FAULTS = {f.__name__: f for f in (slow, sleep, fail, nan, spike, record_state, record_tokens, stall_data,
-                                  slow_evaluation, fail_in_evaluation, kill_at_file, slow_files,
+                                  slow_evaluation, fail_in_evaluation, kill_at_file, slow_files, fill_disk_in,
                                   measure)}  # fmt: skip
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Faults of numbers: what is not finite, jumps, crowds, or depends on where it is computed."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -117,10 +118,25 @@ def crowded_expert(folder: Path, quick: bool) -> str:
         assert expected.isfinite().all()
         worst = max(worst, ((got - expected).norm() / expected.norm().clamp_min(1e-6)).item())
     assert worst < 1e-5, worst
-    flags = f"{SYNTHETIC} --moe-freq 1 --moe-num-experts 8 --moe-top-k 1 --moe-loss-weight 0 {steps(3, 3)} --lr 1e3"
-    run(folder, f"{flags} --fsdp", ranks=2)  # so large a step breaks every router
+    flags = (
+        f"{SYNTHETIC} --moe-freq 1 --moe-num-experts 8 --moe-top-k 1 --moe-loss-weight 0 {steps(3, 3)} --lr 1"
+    )
+    place = folder / "broken"  # so large a step breaks every router
+    run(place, f"{flags} --fsdp", ranks=2, faults="record_state")
+    done = lines(place)
+    assert [line["step"] for line in done] == [1, 2, 3]
+    assert all(math.isfinite(line["train/loss"]) for line in done), done
+    for rank in (0, 1):
+        assert len(set(states(place, rank))) == 3, "a step changed nothing"
+    weights = torch.load(newest_epoch(place), weights_only=True)["state_dict"]
+    assert all(weight.isfinite().all() for weight in weights.values())
+    # every token is in the sums, and few experts have nearly all of them
+    shares = [layer["share"] for layer in done[-1]["router"]]
+    assert all(abs(sum(share) - 1) < 1e-3 for share in shares), shares
+    assert max(max(share) for share in shares) > 0.5, shares
     return (
-        f"64 of 64 rows at one expert; greatest relative difference to the reference {worst:.0e}; 2 ranks: 0"
+        f"64 of 64 rows at one expert; greatest relative difference to the reference {worst:.0e}; 2 ranks, "
+        f"--lr 1: up to {max(map(max, shares)):.0%} of the choices at one expert, losses and weights finite"
     )
 
 

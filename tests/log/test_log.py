@@ -10,6 +10,7 @@ from open_lm.config.check import check
 from open_lm.config.parse import parse
 from open_lm.log import Log
 from open_lm.main import main
+from open_lm.parallel.refusal import refusing
 
 RUN = "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --epochs 4 \
  --train-num-samples 640 --lr 1e-2 --warmup 2 --log-every-n-steps 1 --workers 0 --max-steps 4"
@@ -53,3 +54,29 @@ def test_report_to_is_checked_before_any_work(monkeypatch) -> None:
         assert len(run.log.targets) == targets
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "wandb is missing; install it: pip install wandb" in refused("wandb")
+
+
+def test_what_ends_a_run_is_in_its_logs_without_secrets(tmp_path, monkeypatch) -> None:
+    def fail(*_, **__) -> None:
+        raise RuntimeError("lost https://me:hunter2@store.example/x")
+
+    monkeypatch.setattr("open_lm.main.train", fail)
+    with pytest.raises(RuntimeError, match="lost"):
+        main(shlex.split(f"{RUN} --logs {tmp_path} --name run"))
+    reason = "RuntimeError: lost https://store.example/x"
+    assert f"ERROR | the run ends by an error: {reason}" in (tmp_path / "run/out.log").read_text()
+    failed = json.loads((tmp_path / "run/log.jsonl").read_text().splitlines()[-1])
+    assert failed.pop("time") > 0
+    assert failed == {"failed": reason}
+
+
+def test_what_is_refused_while_the_log_is_open_is_in_it(tmp_path, monkeypatch) -> None:
+    def refuse(*_, **__) -> None:
+        with refusing():
+            raise ValueError("this file is damaged")
+
+    monkeypatch.setattr("open_lm.main.train", refuse)
+    with pytest.raises(SystemExit):
+        main(shlex.split(f"{RUN} --logs {tmp_path} --name run"))
+    assert "the run ends by an error: this file is damaged" in (tmp_path / "run/out.log").read_text()
+    assert '{"failed": "this file is damaged"' in (tmp_path / "run/log.jsonl").read_text()

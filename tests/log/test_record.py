@@ -1,8 +1,12 @@
 """A run's flags, as a file that --config takes, and its code."""
 
 import json
+import resource
 import shlex
+import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -153,3 +157,35 @@ def test_copy_codebase_as_users_run_it(tmp_path) -> None:
     code = tmp_path / "r/code"
     assert (code / "open_lm/main.py").read_bytes() == (record.PACKAGE / "main.py").read_bytes()
     assert not any("__pycache__" in name for name in names(code))
+
+
+@contextmanager
+def small_files() -> Iterator[None]:
+    """No file can grow beyond 4 kB, as if the disk were full. Not a fixture: pytest's own output may be a file."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_flags_are_kept_whole_or_not_at_all(tmp_path) -> None:
+    with small_files():
+        keep_flags(tmp_path, "lr: 1\n", "lr: 1\n")
+        with pytest.raises(OSError, match=r"cannot write .*params-2.txt: File too large"):
+            keep_flags(tmp_path, "lr: 2\n" * 1000, "lr: 2\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "params.txt"]
+
+
+def test_a_full_disk_at_the_start_is_one_message(tmp_path, capsys) -> None:
+    """The flags have more than 4 kB."""
+    notes = "--wandb-notes " + "x" * 5000
+    with pytest.raises(SystemExit) as end, small_files():
+        main(shlex.split(f"{RUN} --dataset-type synthetic --logs {tmp_path} --name run {notes}"))
+    assert end.value.code == 2
+    assert (
+        f"error: [Errno 27] cannot write {tmp_path}/run/params.txt: File too large" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "run/params.txt").exists()

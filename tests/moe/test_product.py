@@ -100,7 +100,7 @@ VALUES: dict[str, list] = {
 }  # fmt: skip
 # Flags with no say in what one layer computes, or given by the test itself.
 ELSEWHERE = {"freq", "layers", "layer_pattern", "first_dense", "num_experts", "bias_rate", "hidden_dim", "dim",
-             "dense_before", "dense_after", "init", "backend"}  # fmt: skip
+             "dense_before", "dense_after", "init", "backend", "recompute"}  # fmt: skip
 
 SELF_BALANCED = {"expert_choice", "expert_choice_causal", "sinkhorn", "quantile", "hash", "uniform"}
 EXPERTS_CHOOSE = {"expert_choice", "expert_choice_causal"}

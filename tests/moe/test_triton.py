@@ -16,6 +16,8 @@ from open_lm.moe.experts import EXPERTS
 from open_lm.moe.layer import MoE
 from open_lm.moe.routing import sort_by_expert
 
+from .test_backends import run
+
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 THIS = Path(__file__)
@@ -23,7 +25,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="run by test_kernels_in
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="this is what runs")
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs all of this file already")
 def test_kernels_in_the_interpreter():
     """Triton decides when it is imported, for the whole process, whether it interprets: so in one of its own."""
     pytest.importorskip("triton")
@@ -33,9 +35,10 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="it can run here")
-def test_it_needs_a_gpu():
+def test_it_needs_a_gpu(monkeypatch):
     pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match=r"--moe-backend triton runs on a GPU .* --moe-backend grouped_mm"):
         MoE(MoEConfig(dim=8, num_experts=4, backend="triton"))
 
@@ -63,17 +66,6 @@ def make_layer(compute, **options) -> MoE:
         parameter.data.normal_(std=config["dim"] ** -0.5)
     layer.experts.compute = compute
     return layer
-
-
-def run(layer: MoE, x: torch.Tensor) -> dict[str, torch.Tensor]:
-    x = x.clone().requires_grad_()
-    layer.zero_grad()
-    y, stats = layer(x)
-    (y.square().sum() + stats.loss).backward()
-    assert x.grad is not None
-    gradients = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
-    assert len(gradients) == len(list(layer.parameters()))
-    return {"y": y.detach(), "x": x.grad} | gradients
 
 
 def test_recomputing_needs_it():

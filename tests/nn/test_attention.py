@@ -15,10 +15,12 @@ from open_lm.nn.attention import (
     Attention,
     LayerCache,
     custom_attn,
+    kernel_of,
     make_attention,
     torch_attn,
     xformers_attn,
 )
+from open_lm.nn.documents import find_documents
 
 CONFIG = ModelConfig(dim=26, n_layers=1, n_heads=3, seq_len=16, vocab_size=8)  # head width 8, attention 24
 SOFTMAX = {
@@ -163,3 +165,27 @@ def test_qk_norm_is_over_all_heads():
     o = attend_by_loops(*(t.view(2, 5, 3, 8) for t in (q, k, v)), True)
     expected = o.flatten(2).float() @ attention.out_proj.weight.T
     torch.testing.assert_close(attention(x), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"n_kv_heads": 1}, {"attn_dropout": 0.1}, {"document_attention": True, "end_of_text": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_that_is_said_is_the_one_that_runs(changes, dtype):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = replace(CONFIG, dim=32, n_heads=2, seq_len=8, **changes)
+    attention = Attention(config).to(device, dtype).train()
+    documents = find_documents(torch.tensor([[1, 0, 2, 3, 4, 0, 5, 6]]), 0).to(device)
+    x_BSD = torch.randn(1, 8, 32, device=device, dtype=dtype)
+    with torch.profiler.profile() as profile:
+        attention(x_BSD, documents=documents if config.document_attention else None)
+    ran = {event.key for event in profile.key_averages()}
+    kernel = kernel_of(config, device, dtype).partition(" ")[0]
+    assert any(f"{kernel}_attention" in name or f"attention_{kernel}" in name for name in ran), (kernel, ran)
+
+
+def test_other_attentions_are_said_by_their_names():
+    config = replace(CONFIG, attn_name="custom_attn")
+    assert kernel_of(config, torch.device("cpu"), torch.float32) == "custom_attn"

@@ -127,3 +127,29 @@ def test_a_wait_can_be_left() -> None:
     while not closed and time.monotonic() < deadline:
         time.sleep(0.01)
     assert closed, "the source is closed, its workers end"
+
+
+LATE = """
+import atexit, os, shlex, signal, sys
+import open_lm.main
+honest = open_lm.main.mesh.stop
+def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+    honest()
+    os.kill(os.getpid(), signal.SIGTERM)
+open_lm.main.mesh.stop = stop
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+open_lm.main.command()
+"""
+
+
+def test_a_signal_after_the_last_save_changes_no_exit_status(tmp_path) -> None:
+    flags = (
+        "--model open_lm_test_tiny --dataset-type synthetic --precision fp32 --global-batch-size 8 --workers 0 "
+        f"--train-num-samples 128 --epochs 1 --warmup 1 --lr 1e-2 --name run --logs {tmp_path}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, *flags.split()], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run/checkpoints/epoch_1.pt").exists()

@@ -1,0 +1,243 @@
+"""Rows of shards that are not in the cache yet: few bytes, the same rows, the same errors, through faults."""
+
+import json
+import re
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from open_lm.config import DataConfig
+from open_lm.data import ranges, reader
+from open_lm.data.loader import TrainData, ValData
+from open_lm.data.remote import Cache, Patience
+from open_lm.tokenize.shard_writer import write_shards
+
+SHARDS, SEQUENCES, LENGTH, VOCAB = 8, 400, 65, 1000
+BATCH = 64  # a sequence of each lane: of all shards
+MANIFEST = "s3://bucket/manifest.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def fetches_end(monkeypatch):
+    """Before the server does."""
+    monkeypatch.setattr(ranges, "IDLE_SECONDS", 0.1)
+    yield
+    names = {"ranges", "whole shards", "read-ahead"}
+    for thread in [thread for thread in threading.enumerate() if thread.name in names]:
+        thread.join(30)
+
+
+@pytest.fixture
+def there(tmp_path) -> Path:
+    """8 shards of 400 sequences."""
+    tokens_NL = np.random.default_rng(0).integers(0, VOCAB, (SHARDS * SEQUENCES, LENGTH))
+    write_shards(tmp_path / "there", tokens_NL, SEQUENCES, key="u16")
+    return tmp_path / "there"
+
+
+@pytest.fixture
+def s3(faults, bucket, there):
+    bucket(there)
+    return faults
+
+
+def make_cache(tmp_path, **options) -> Cache:
+    return Cache(tmp_path / "cache", patience=Patience(3, 10, first_wait_seconds=0.001), **options)
+
+
+def make_data(manifest, cache, **options) -> TrainData:
+    config = DataConfig(dataset_manifest=(str(manifest),), workers=0, multiple_data_passes=True, **options)
+    return TrainData(config, LENGTH - 1, VOCAB, 0, 1, BATCH, 5, cache)
+
+
+def read(data, steps=range(1)) -> list:
+    return [data.items[step] for step in steps]  # without reading ahead
+
+
+def bytes_asked(requests) -> int:
+    """Of requests with a range; all of them have one."""
+    found = [re.fullmatch(r"bytes=(\d+)-(\d+)", request.range) for request in requests]
+    return sum(int(match[2]) - int(match[1]) + 1 for match in found)
+
+
+@pytest.fixture
+def held(monkeypatch, fetches_end):
+    """No remote shard comes whole until `held.clear()`."""
+    waiting = [True]
+    open_shard = reader.open_shard
+
+    def hold(shard, *arguments, **options):
+        while waiting and shard.url.startswith("s3:"):
+            time.sleep(0.01)
+        return open_shard(shard, *arguments, **options)
+
+    monkeypatch.setattr(reader, "open_shard", hold)
+    yield waiting
+    waiting.clear()
+
+
+def wait_for_shards(data) -> None:
+    """Until every shard that was begun is there."""
+    for shard in data.reader.open_shards.readers.values():
+        if isinstance(shard, ranges.RangedShard):
+            shard.whole.exception(30)
+
+
+def test_the_first_batch_needs_few_bytes_and_all_rows_are_the_local_ones(s3, there, tmp_path, held):
+    expected = read(make_data(there / "manifest.jsonl", None), range(40))
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    s3.requests.clear()
+    first = read(data)
+    requests = s3.asked(".tar")
+    assert len({request.path for request in requests}) == SHARDS
+    row = 512 + 2 * LENGTH
+    assert BATCH * row <= bytes_asked(requests) <= BATCH * (row + ranges.MERGE_BYTES)
+    size = sum(path.stat().st_size for path in there.glob("*.tar"))
+    assert size > 5 * bytes_asked(requests)
+    second = read(data, range(1, 2))
+    held.clear()
+    wait_for_shards(data)
+    whole = len(s3.asked(".tar"))
+    rest = read(data, range(2, 40))
+    assert len(s3.asked(".tar")) == whole
+    assert whole - len(requests) <= SHARDS + BATCH
+    for ours, local in zip([*first, *second, *rest], expected, strict=True):
+        np.testing.assert_array_equal(ours.tokens_BL, local.tokens_BL)
+        assert ours.good_B.all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_the_local_ones_with_reading_ahead(s3, there, tmp_path, workers):
+    batches = []
+    for manifest, n in ((there / "manifest.jsonl", 0), (MANIFEST, workers)):
+        data = make_data(manifest, make_cache(tmp_path))
+        data.config = DataConfig(**(vars(data.config) | {"workers": n}))
+        batches.append([batch.tokens_BS.numpy() for batch in data.batches(0, 60)])
+    np.testing.assert_array_equal(*batches)
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == SHARDS
+
+
+def test_neighbours_are_one_request(s3, there, tmp_path, held):
+    data = ValData(MANIFEST, "auto", LENGTH - 1, VOCAB, cache=make_cache(tmp_path), workers=0)
+    rows = data.reader.read([(0, 3, i) for i in range(40)])
+    assert len(s3.asked(".tar")) == 1
+    local = ValData(str(there / "manifest.jsonl"), "auto", LENGTH - 1, VOCAB)
+    np.testing.assert_array_equal(rows.tokens_BL, local.reader.read([(0, 3, i) for i in range(40)]).tokens_BL)
+
+
+def test_faults_are_tried_again(s3, there, tmp_path, held, caplog):
+    injected = ("503", "reset", "truncate", "short", "500", "429")
+    for number, fault in enumerate(injected):
+        s3.add(f"shard_{number:08d}.tar", fault)
+    (rows,) = read(make_data(MANIFEST, make_cache(tmp_path)))
+    (local,) = read(make_data(there / "manifest.jsonl", None))
+    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
+    assert not any(s3.faults.values())
+    warnings = [record.getMessage() for record in caplog.records if record.name == "open_lm.data.retry"]
+    assert len(warnings) == len(injected)
+    assert all("reading bytes" in text for text in warnings)
+
+
+def read_row(data):
+    """One of shard 2: one request."""
+    return data.reader.read([(0, 2, 5)])
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_errors_are_those_of_whole_shards(s3, there, tmp_path, method):
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    s3.add("shard_00000002.tar", "403", method=method)
+    url = "s3://bucket/shard_00000002.tar"
+    with pytest.raises(PermissionError, match=f"^{url}: cannot be read, access is denied"):
+        read_row(data)
+    assert len(s3.asked("shard_00000002.tar", method)) == 1
+    s3.add("shard_00000002.tar", *["503"] * 4, method=method)
+    with pytest.raises(OSError, match=f"^{url}: (looking it up|reading bytes .*) failed 4 times"):
+        read_row(data)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_shard_that_vanishes_is_looked_for_again(s3, there, tmp_path, method, caplog):
+    s3.add("shard_00000002.tar", "404", "404", method=method)
+    rows = read_row(make_data(MANIFEST, make_cache(tmp_path)))
+    local = read_row(make_data(there / "manifest.jsonl", None))
+    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
+    assert "it is looked for again" in caplog.text
+    s3.add("shard_00000002.tar", *["404"] * 9, method=method)
+    other = Cache(tmp_path / "other", patience=Patience(3, 10, first_wait_seconds=0.001))
+    with pytest.raises(FileNotFoundError, match=r"^s3://bucket/shard_00000002\.tar: no such file"):
+        read_row(make_data(MANIFEST, other))
+
+
+def without_digests(there) -> None:
+    lines = [json.loads(line) for line in (there / "manifest.jsonl").read_text().splitlines()]
+    lines = [{key: value for key, value in line.items() if key != "sha256"} for line in lines]
+    (there / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+@pytest.mark.parametrize("has_digests", [True, False])
+def test_a_shard_replaced_meanwhile_is_noticed(s3, bucket, there, tmp_path, held, has_digests):
+    if not has_digests:
+        without_digests(there)
+        bucket(there)
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    read(data)
+    manifest = (there / "manifest.jsonl").read_bytes()
+    write_shards(there, np.ones((SHARDS * SEQUENCES, LENGTH), int), SEQUENCES, key="u16")
+    (there / "manifest.jsonl").write_bytes(manifest)
+    bucket(there)
+    held.clear()
+    wait_for_shards(data)
+    (error,) = read(data, range(1, 2))
+    assert isinstance(error, OSError)
+    expected = (
+        "its sha256 is .*, the manifest says"
+        if has_digests
+        else "is not the one in it: .* replaced meanwhile"
+    )
+    assert re.match(rf"shard s3://bucket/shard_0000000\d\.tar: .*{expected}", str(error))
+
+
+def test_a_range_that_is_no_row_is_left_to_the_whole_shard(s3, bucket, there, tmp_path):
+    """The whole shard's error, where a shard is another one than the manifest's."""
+    without_digests(there)
+    path = there / "shard_00000002.tar"
+    path.write_bytes(bytes(path.stat().st_size))
+    bucket(there)
+    (error,) = read(make_data(MANIFEST, make_cache(tmp_path)))
+    assert isinstance(error, ValueError)
+    assert "shard_00000002.tar: the manifest promises sequence 0 as a .u16 member" in str(error)
+
+
+def test_ids_outside_the_vocabulary_are_named(s3, bucket, there, tmp_path, held):
+    tokens_NL = np.full((SHARDS * SEQUENCES, LENGTH), VOCAB)
+    write_shards(there, tokens_NL, SEQUENCES, key="u16")
+    bucket(there)
+    (error,) = read(make_data(MANIFEST, make_cache(tmp_path)))
+    (local,) = read(make_data(there / "manifest.jsonl", None))
+    assert str(error) == str(local).replace(f"{there}/", "s3://bucket/")
+    assert "has token id 1000" in str(error)
+
+
+def test_without_a_cache_shards_come_whole(s3, there, tmp_path):
+    (rows,) = read(make_data(MANIFEST, make_cache(tmp_path, limit_bytes=0)))
+    (local,) = read(make_data(there / "manifest.jsonl", None))
+    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
+    size = sum(path.stat().st_size for path in there.glob("*.tar"))
+    assert bytes_asked(s3.asked(".tar")) == size
+
+
+def test_threads_are_bounded_and_end(monkeypatch):
+    monkeypatch.setattr(ranges, "IDLE_SECONDS", 0.05)
+    threads = ranges.Threads(3, "test")
+    futures = [threads.submit(lambda n=n: (time.sleep(0.01), n)[1]) for n in range(20)]
+    assert threads.count == 3
+    assert [future.result(10) for future in futures] == list(range(20))
+    deadline = time.monotonic() + 10
+    while threads.count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert threads.submit(lambda: 7).result(10) == 7
