@@ -40,7 +40,8 @@ def test_steps(tmp_path):
     dense, moe = (json.loads(line) for line in record.read_text().splitlines())
     assert printed.count("test_tiny") == 2
     assert (dense["experts"], moe["experts"]) == (1, 4)
-    assert moe["parameters"] > dense["parameters"]
+    assert dense["parameters"] == dense["active_parameters"]
+    assert moe["parameters"] > moe["active_parameters"]
     for row in (dense, moe):  # 2 sequences of 16 tokens a step
         assert math.isclose(row["tokens_per_second"], 32 / row["step_seconds"], rel_tol=0.5)
         assert row["data_seconds"] >= 0
