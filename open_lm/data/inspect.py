@@ -8,10 +8,12 @@ every checksum. Exit status 1 if anything is damaged: each damage is one line th
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
@@ -20,7 +22,7 @@ from open_lm.data.binary import UnreadableSample
 from open_lm.data.index import hash_file
 from open_lm.data.manifest import Shard, Source, locate_beside, read_information, read_manifest
 from open_lm.data.order import normalize_weights
-from open_lm.data.remote import list_matching, read_bytes
+from open_lm.data.remote import Cache, list_matching, read_bytes
 from open_lm.data.shards import AUTO, open_shard
 
 if TYPE_CHECKING:
@@ -68,10 +70,11 @@ class Finding(NamedTuple):
 
 def verify_shard(shard: Shard, key: str, vocab_size: int | None) -> Finding:
     """Reads every sample of a shard and compares what its manifest says of it. Damage is returned, not raised."""
-    try:
-        reader = open_shard(shard, key)
-    except (ValueError, OSError, ImportError) as error:
-        return Finding(damages=(str(error),))
+    with tempfile.TemporaryDirectory(prefix="open_lm-verify-") as folder:
+        try:  # not from the cache: what is there now is asked for
+            reader = open_shard(shard, key, Cache(Path(folder), limit_bytes=0))
+        except (ValueError, OSError, ImportError) as error:
+            return Finding(damages=(str(error),))
     damages, tokens, lowest, highest, unreadable, odd = [], 0, [], [], [], 0
     try:
         if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
@@ -161,6 +164,8 @@ def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:
 
 def inspect(config: InspectConfig) -> list[str]:
     """Prints what the manifests hold; returns the damages. ValueError for weights that do not fit."""
+    if not config.manifests:
+        raise ValueError("no manifest is given: name one or more, such as data/train/manifest.jsonl")
     manifests = [url for pattern in config.manifests for url in list_matching(pattern)]
     weights = normalize_weights(config.train_data_mix_weights, len(manifests))
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
