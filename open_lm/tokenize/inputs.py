@@ -113,6 +113,8 @@ def find_repeats(entries: Sequence[str], files: Sequence[File]) -> list[str]:
     for (a, b), urls in shared.items():
         which = f"{urls[0]} and {len(urls) - 1:,} more files" if urls[1:] else urls[0]
         where = f"in {entries[a]} and in {entries[b]}" if a != b else f"under two names in {entries[a]}"
+        if a != b and entries[a] == entries[b]:
+            where = f"{entries[a]} is given twice"
         lines.append(f"--inputs: {which}: {where}, so every document of it is used twice")
     return lines
 

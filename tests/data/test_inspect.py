@@ -140,6 +140,14 @@ def test_damage_is_found_and_named(folder, damage, message):
     assert message in damages[0]
 
 
+def test_counts_of_tokens_are_compared(folder):
+    path = folder / "manifest.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 100', '"tokens": 99'))
+    assert inspect(InspectConfig((str(path),), verify=True, processes=1)) == [
+        f"shard {folder}/shard_00000001.tar: the manifest says 99 tokens, the tar has 100"
+    ]
+
+
 def test_damage_is_an_exit_status(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "whole")
     flip(folder / "shard_00000001.tar", 512)

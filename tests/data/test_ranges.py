@@ -220,7 +220,7 @@ def test_a_run_that_ends_before_the_shards_have_come_is_sure_of_them(s3, bucket,
     with pytest.raises(OSError, match=r"shard_00000003\.tar: its sha256 is .*, the manifest says"):
         list(data.batches(0, 2))
     few = 3 * SEQUENCES + 8
-    held_out = ValData(MANIFEST, "auto", LENGTH - 1, VOCAB, few * (LENGTH - 1), workers=workers, cache=cache)
+    held_out = ValData(MANIFEST, "auto", LENGTH - 1, VOCAB, few * (LENGTH - 1), cache=cache)
     with pytest.raises(OSError, match=r"shard_00000003\.tar: its sha256 is .*, the manifest says"):
         list(held_out.batches(BATCH, 0, 1))
 
