@@ -330,20 +330,20 @@ def reading() -> tuple[str, bool]:
             f"{local['tokens_per_cpu_second'] / 1e6:.0f}", f"{local['first_batch_seconds']:.2f}",
             f"{resume['first_batch_seconds']:.2f}", f"{local['peak_bytes'] / 1e6:.0f}",
             f"{s3['first_batch_seconds']:.2f}" if s3 else "failed", f"{whole:.1f}" if s3 else "",
-            f"{s3['server_cpu_seconds']:.1f}" if s3 else "",
+            f"{s3['server_cpu_seconds']:.1f}" if s3 else "", f"{s3['peak_bytes'] / 1e6:.0f}" if s3 else "",
         )  # fmt: skip
         rows.append([r["reader"], *values])
     settings, (before, after) = record["settings"], record["load"]
     note = (
         f"{settings['sequences']:,} sequences of {settings['seq_len'] + 1:,} uint16 ids, "
         f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
-        f"best of {settings['repeats']}. S3 is a server on loopback ({settings['server']}), which shares "
-        f"the cores. A loop that takes {settings['rate'] / 1e6:g} M tokens/s, with a worker process, waits for our "
-        f"batches {record['waiting']['share']:.2%} of its time. {record['cores']} cores, "
+        f"best of {settings['repeats']} (S3: one run). S3 is a server on loopback ({settings['server']}), which "
+        f"shares the cores. A loop that takes {settings['rate'] / 1e6:g} M tokens/s, with a worker process, waits "
+        f"for our batches {record['waiting']['share']:.2%} of its time. {record['cores']} cores, "
         f"load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
-            "S3: whole pass, s", "of it the server's CPU, s"]  # fmt: skip
+            "S3: whole pass, s", "of it the server's CPU, s", "S3: peak MB"]  # fmt: skip
     return f"{markdown(head, rows)}\n\n{note}", True
 
 
@@ -369,7 +369,7 @@ def tokenizing() -> tuple[str, bool]:
 
 def corpus() -> tuple[str, bool]:
     """A whole corpus by both engines: bench/records/corpus.jsonl."""
-    records = read_records("corpus", DATA_RECORDS)
+    records = list({r["engine"]: r for r in read_records("corpus", DATA_RECORDS)}.values())  # the newest
     rows = [
         [f"--engine {r['engine']}", r["workers"], f"{r['text_bytes'] / 1e6:.0f}", f"{r['tokens'] / 1e6:.1f}",
          f"{r['seconds']:.0f}", f"{r['load']:.0f}", r["manifest_sha256"][:12]]

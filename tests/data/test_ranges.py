@@ -25,9 +25,12 @@ MANIFEST = "s3://bucket/manifest.jsonl"
 def fetches_end(monkeypatch):
     """Before the server does."""
     monkeypatch.setattr(ranges, "IDLE_SECONDS", 0.1)
+    before = set(threading.enumerate())  # other tests' threads may be left
     yield
     names = {"ranges", "whole shards", "read-ahead"}
-    for thread in [thread for thread in threading.enumerate() if thread.name in names]:
+    for thread in [
+        thread for thread in threading.enumerate() if thread.name in names and thread not in before
+    ]:
         thread.join(30)
 
 
