@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
-RANGED_SHARE = 16  # no more than a 16th of a shard's rows, and those of a batch, are read by ranges
+RANGED_SHARE = 128  # no more than a 128th of a shard's rows, and those of a batch, are read by ranges
 FETCHES = 4  # whole shards at a time, beside those that are read ahead
 
 Reader = ShardReader | BinarySequences
