@@ -3,7 +3,7 @@
 python moe/tables.py parameters    # exact counts beside the published cells; status 1 if one differs
 python moe/tables.py demo          # or quality, runs, router, throughput, layer …: a table of the records
 python moe/tables.py flags         # every flag of open_lm and every one of ours, and what it does
-python moe/tables.py write         # every <!-- table: NAME --> of README.md, MOE.md and moe/README.md
+python moe/tables.py write         # every <!-- table: NAME --> of the documents
 python moe/tables.py check         # status 1 if a document's table is not that of the records
 """
 
@@ -28,7 +28,7 @@ from open_lm.model import count_parameters
 ROOT = Path(__file__).parents[1]
 RECORDS = ROOT / "moe" / "records"
 DATA_RECORDS = ROOT / "bench" / "records"
-DOCUMENTS = ("README.md", "MOE.md", "moe/README.md", "bench/README.md")
+DOCUMENTS = ("README.md", "MOE.md", "moe/README.md", "bench/README.md", "docs/running.md")
 MODELS = ("41m", "87m", "160m", "410m", "830m")
 
 # As printed in open_lm's MOE.md, https://github.com/mlfoundations/open_lm/blob/main/MOE.md:
@@ -389,6 +389,18 @@ def corpus() -> tuple[str, bool]:
     return markdown(head, rows), agree
 
 
+def faults() -> tuple[str, bool]:
+    """What `make faults` showed: moe/records/faults.json, by `python -m tests.faults --output` this file."""
+    record = json.loads((RECORDS / "faults.json").read_text())
+    rows = [
+        [r["number"], r["fault"], r["expected"], "yes" if r["passed"] else "no", f"{r['seconds']:.0f}"]
+        for r in record["faults"]
+    ]
+    passed = sum(r["passed"] for r in record["faults"])
+    note = f"{passed} of {len(rows)}, on {record['cores']} cores, commit {record['commit']}."
+    return f"{markdown(['', 'fault', 'expected', 'seen', 's'], rows)}\n\n{note}", passed == len(rows)
+
+
 TABLES = {
     f.__name__: f
     for f in (
@@ -404,6 +416,7 @@ TABLES = {
         reading,
         tokenizing,
         corpus,
+        faults,
     )
 }
 
