@@ -33,7 +33,18 @@ def test_unknown_shape():
 
 def test_steps(tmp_path):
     record = tmp_path / "steps.jsonl"
-    command = [sys.executable, SCRIPT, "steps", "--models", "test_tiny", "--experts", "1", "4", "--steps", "6"]
+    command = [
+        sys.executable,
+        SCRIPT,
+        "steps",
+        "--models",
+        "test_tiny",
+        "--experts",
+        "1",
+        "4",
+        "--steps",
+        "6",
+    ]
     printed = subprocess.run(
         [*command, "--batch-size", "2", "--record", record], check=True, capture_output=True, text=True
     ).stdout

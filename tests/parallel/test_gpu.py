@@ -255,7 +255,7 @@ def test_loss_equals_torch():
 
 @pytest.mark.parametrize("room", [True, False])
 def test_a_gpu_copies_beside_its_work_and_saves_what_was(room, tmp_path, monkeypatch) -> None:
-    """Updates follow at once; with neither snapshot nor `before_update` they would overwrite what is being copied."""
+    """Updates follow at once; without a snapshot or `before_update` they would overwrite what is copied."""
     monkeypatch.setattr(tensors, "has_room", lambda device, size: room)
     config = replace(CONFIG, dim=1024, n_heads=8, n_layers=8)
     alone = mesh.World(0, 0, 1, torch.device("cuda"), None)
