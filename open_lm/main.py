@@ -68,8 +68,8 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:
-            job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
-            job = agree(lambda: leave_later(job))
+            prepared = job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
+            job = agree(lambda: leave_later(prepared))
             mesh.set_begun(world)
             execute(job)
         finally:

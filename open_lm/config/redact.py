@@ -33,6 +33,7 @@ PATTERNS = [
     (re.compile(r"(?i)\b(sig=)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), HIDDEN),
     (re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"(?i)\b(hooks\.slack\.com/services/)[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), HIDDEN),
 ]  # fmt: skip
 STRONG_VARIABLE = re.compile(rf"(?i){NAMES}|(?:^|_)pass$")
@@ -63,7 +64,9 @@ def environment_secrets(environment: Mapping[str, str] = os.environ) -> list[str
 
 def spellings(value: str) -> tuple[str, ...]:
     """The text as it is, and as it stands in URLs, in JSON and in Python's repr."""
-    return value, quote(value, safe=""), json.dumps(value)[1:-1], repr(value)[1:-1]
+    quoted = quote(value, safe="")
+    lower = re.sub(r"%..", lambda match: match[0].lower(), quoted)
+    return value, quoted, lower, json.dumps(value)[1:-1], repr(value)[1:-1]
 
 
 @functools.lru_cache(maxsize=4096)

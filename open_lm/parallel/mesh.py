@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from open_lm.config.distributed import DistributedConfig
 from open_lm.parallel.launch import Ranks, count_restarts, find_ranks
-from open_lm.parallel.watch import StopAsked, Watch, open_store
+from open_lm.parallel.watch import StopAsked, Watch, has_agent_store, open_store
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ def start(config: DistributedConfig) -> World:
 
 def open_attempts(ranks: Ranks, store: dist.Store | None) -> dist.Store | None:
     """torchrun's own store, below the ranks', which it gives them anew with every attempt."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    if not has_agent_store():
         return None
     if store is None:  # one rank, which has not met anybody
         store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size))

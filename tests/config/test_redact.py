@@ -16,7 +16,8 @@ SECRET = [
     "--db-token 'hunter2'",
     "a.blob.core.windows.net/x?sv=1&sig=hunter2%3D", "github_" + "pat_11ABCDEFG0hunter2hunter2hunter2",
     "xox" + "b-123456789012-hunter2hunter2", "AI" + "zaSyhunter2hunter2hunter2hunter2hunter2",
-    "passphrase: hunter2", "{'Authorization': 'Bearer hunter2'}", "sent Bearer abc.hunter2/x to it",
+    "passphrase: hunter2", "https://hooks.slack.com/services/T0/B0/hunter2",
+    "{'Authorization': 'Bearer hunter2'}", "sent Bearer abc.hunter2/x to it",
     "s3://KEY:hunt/hunter2@bucket/a", "https://me:p@hunter2@store.example/x", "https://me@x.org:hunter2@store/x",
 ]  # fmt: skip
 PLAIN = [
@@ -44,6 +45,7 @@ def test_values_of_the_environment(monkeypatch) -> None:
     assert redact("it said q9w8e7r6t5, false, /home/me/key") == "it said …, false, /home/me/key"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/wJa+rX/K7MDENGbPxRfi")
     assert redact("see /wJa+rX/K7MDENGbPxRfi and %2FwJa%2BrX%2FK7MDENGbPxRfi") == "see … and …"
+    assert redact("see %2fwJa%2brX%2fK7MDENGbPxRfi") == "see …"
 
 
 def test_values_of_the_environment_as_they_are_written(monkeypatch) -> None:
