@@ -60,7 +60,7 @@ def test_no_worker_outlives_the_command(whole, tmp_path, tokenizer, number):
         command(inputs, tmp_path / "out", tokenizer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("out/work/unit_*")):
+    while not list((tmp_path / "out" / "work").glob("unit_*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
