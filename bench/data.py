@@ -277,6 +277,15 @@ def wait(task: dict) -> dict:
     return {"share": waited / (asked - started), "longest_seconds": longest, "steps": steps}
 
 
+def version(task: dict) -> dict:
+    """Of a reader's package."""
+    from importlib.metadata import version
+
+    return {
+        "version": "" if task["reader"] == "ours" else version(PACKAGES[READERS.index(task["reader"]) - 1])
+    }
+
+
 def cpu_seconds() -> float:
     """CPU time of this process and of those it has waited for."""
     times = os.times()
@@ -348,6 +357,7 @@ def compare(config: BenchConfig) -> list[dict]:
     for reader in READERS:
         row: dict = {"reader": reader}
         try:
+            row["version"] = run_child(pythons[reader], "version", task | {"reader": reader})["version"]
             plans = {"local": (0, everything), "resume": (ninety, 1)}
             for name, (first, tokens) in plans.items():
                 plan = task | {"reader": reader, "where": str(folder), "first": first, "tokens": tokens}
@@ -404,6 +414,8 @@ def show(rows: list[dict]) -> str:
 def main() -> None:
     import tyro
 
+    from open_lm.log import commit
+
     config = tyro.cli(BenchConfig)
     load = [os.getloadavg()[0]]
     rows = compare(config)
@@ -428,6 +440,8 @@ def main() -> None:
             "settings": settings,
             "cores": os.cpu_count(),
             "load": load,
+            "commit": commit(),
+            "versions": {row["reader"]: row["version"] for row in rows if "version" in row},
             "rows": rows,
             "waiting": waiting,
         }
@@ -439,6 +453,7 @@ ACTIONS = {
     "write": lambda task: globals()[f"write_{task['reader']}"](task) or {},
     "measure": measure,
     "wait": wait,
+    "version": version,
 }
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Time one MoE layer, forward + backward, per backend, beside a dense FFN of the same active FLOPs.
+"""Time one MoE layer, forward + backward, per backend, beside a dense FFN of the same active FLOPs; or whole steps.
 
     python moe/bench.py --device cuda --dtype bf16 160m olmoe
     python moe/bench.py 41m 160m --compile --graph --routing random zipf --backends triton megablocks
+    python moe/bench.py steps --models 41m 160m --experts 1 8 32 --record moe/records/speed.jsonl
+
+`steps` is speed.py: the training command's tokens/s, MFU and memory, per model and number of experts.
 
 Routing is what a fresh router does to random tokens, or with `--routing zipf` such that expert i is chosen about
 1/i times as often as the first; dropless unless --capacity-factor is given. With --graph the step is replayed as a
@@ -323,4 +326,9 @@ def time_layer(shape: Shape, layer: str, routing: str, chosen: argparse.Namespac
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    if sys.argv[1:2] == ["steps"]:
+        import speed  # beside this file
+
+        speed.command(sys.argv[2:])
+    else:
+        main(sys.argv[1:])

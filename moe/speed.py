@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
         print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
         done.check_returncode()
     lines = [json.loads(line) for line in (logs / name / "log.jsonl").read_text().splitlines()]
-    counted = [e for e in lines if e.get("step", 0) > log_every]
+    counted = [e for e in lines if "train/loss" in e and e["step"] > log_every]
     seconds = sum(e["train/batch_time"] for e in counted) / len(counted)
     run = lines[0]["run"]
     mean = lambda key: sum(e[key] for e in counted) / len(counted) if key in counted[-1] else None
@@ -100,5 +101,10 @@ def main(speed: Speed) -> None:
     Console(width=110).print(table)
 
 
+def command(arguments: Sequence[str]) -> None:
+    """`main` with flags as typed."""
+    main(tyro.cli(Speed, description=__doc__, args=arguments))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Speed, description=__doc__))
+    command(sys.argv[1:])

@@ -122,7 +122,7 @@ def prepare(
             notes += refuse_changed_run(run, train_data, start.state, start.name)
         train_data.check_enough(schedule.end_step)
         if start is not None and start.state is not None:
-            if Path(start.file).parent == folder / "checkpoints":
+            if start.lies_in(folder / "checkpoints"):
                 refuse_other_intervals(run, start)
             if changed := changed_flags(run, start.state["flags"]):
                 notes.append(f"{start.name} was saved with other flags: {', '.join(changed)}")

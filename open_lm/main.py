@@ -59,17 +59,19 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
             print(f"rank {ranks.rank} is not needed with --preset-world-size {ranks.world_size}: it ends")
             return
         divide_batch(run.optim, ranks.world_size)
-    if run.optim.deterministic:
-        notes += make_deterministic()
-    run, continued = after_restart(run, count_restarts(), trains(run))
+        if run.optim.deterministic:
+            notes += make_deterministic()
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
+        run, continued = after_restart(run, count_restarts(), trains(run), mesh.has_begun(world))
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:
-            job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
-            execute(agree(lambda: leave_later(job)))
+            prepared = job = agree(lambda: prepare(run, config, given, world, folder, notes + continued))
+            job = agree(lambda: leave_later(prepared))
+            mesh.set_begun(world)
+            execute(job)
         finally:
             if owner:
                 owner.release(leave_nothing=job is None)
@@ -219,7 +221,7 @@ def checkpoints_before(job: Job) -> list[str]:
     """Labels of the checkpoints, oldest first, that --delete-previous-checkpoint may delete once there is a newer
     one: those that the run wrote under this flag, and the one it goes on from."""
     folder = job.folder / "checkpoints"
-    if job.start is None or job.start.state is None or Path(job.start.file).parent != folder:
+    if job.start is None or job.start.state is None or not job.start.lies_in(folder):
         return []
     before = list(job.start.state.get("written", []))
     if checkpoint.is_state(Path(job.start.file)):

@@ -62,11 +62,10 @@ class Skips:
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
         row = progress.skipped_in_a_row
-        self.counts = torch.tensor(
-            (progress.skipped_updates, progress.skipped_spikes, row, row), device=device
-        )
-        self.longest_row = row
-        """Skipped updates in a row at most, since the start: a row may end between two looks."""
+        self.counts = torch.tensor((progress.skipped_updates, progress.skipped_spikes, row, 0), device=device)
+        self.longest_row = 0
+        """Skipped updates in a row at most, since the start: a row may end between two looks. One that a checkpoint
+        brings counts once it goes on."""
 
     def add_(self, finite: Tensor, accepted: Tensor) -> None:
         """Count a step: whether it was finite, and no spike either."""

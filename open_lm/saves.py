@@ -53,6 +53,7 @@ class Saves:
             averages=averages,
             keep=self.options.keep_last_states,
             on_complete=self._complete,
+            timeout_seconds=job.run.distributed.collective_timeout,
         )
 
     def __enter__(self) -> "Saves":

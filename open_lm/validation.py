@@ -73,7 +73,7 @@ def find_owed_evaluation(job: Job, schedule: Schedule, step: int) -> int | None:
     """The interval that ended at `step`, where the run was killed between its checkpoint and its evaluation, or
     --val-data has entries that results.jsonl lacks there; None if nothing is owed. For rank 0; None elsewhere."""
     folder = job.folder / "checkpoints"
-    if not job.val_data or job.world.rank or job.start is None or Path(job.start.file).parent != folder:
+    if not job.val_data or job.world.rank or job.start is None or not job.start.lies_in(folder):
         return None
     interval = schedule.interval_of(step - 1)
     last = step >= schedule.end_step

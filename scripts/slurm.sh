@@ -33,8 +33,9 @@ while kill -0 "$ranks" 2>/dev/null; do # a signal has ended the wait, not the ra
   status=$?
 done
 
-# what failed would fail again: only a run that was stopped by the signal, and has saved, comes back
-if [ -n "$stopped" ] && [ "$status" -eq 0 ]; then
+# what failed would fail again: only a run that was stopped by the signal, and has saved, comes back; 3: it has saved,
+# and not all is copied to --remote-sync yet
+if [ -n "$stopped" ] && { [ "$status" -eq 0 ] || [ "$status" -eq 3 ]; }; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

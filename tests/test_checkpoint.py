@@ -698,6 +698,15 @@ def test_states_of_later_steps_do_not_crowd_out_earlier_ones(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"step_3", "step_4", "step_8", "step_9"}
 
 
+def test_the_state_of_a_damaged_file_of_weights_stays(tmp_path):
+    for number in (1, 2):
+        save(tmp_path, number=number, step=number)
+    (tmp_path / "epoch_1.pt").write_bytes((tmp_path / "epoch_1.pt").read_bytes()[:100])
+    (tmp_path / "epoch_2.pt").unlink()
+    save(tmp_path, number=3, step=3)
+    assert {p.name for p in tmp_path.glob("step_*")} == {"step_1", "step_3"}
+
+
 def test_leftovers_are_cleaned_up(tmp_path):
     (tmp_path / "epoch_7.pt.tmp").write_bytes(b"half")
     (tmp_path / "step_9.tmp").mkdir()

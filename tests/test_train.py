@@ -17,6 +17,7 @@ from open_lm.config import DataConfig, ModelFlags, MoEConfig
 from open_lm.config.resolve import resolve_model
 from open_lm.data.loader import TrainData
 from open_lm.main import main
+from open_lm.metrics import Progress, Skips
 from open_lm.model import build
 
 MOE = MoEConfig(freq=2, num_experts=4, capacity_factor=0)
@@ -178,3 +179,13 @@ def test_randomness_is_of_seed_step_and_rank() -> None:
     assert draw(0, 5, 1) == draw(0, 5, 1)
     assert len({draw(seed, step, rank) for seed in (0, 1) for step in (0, 1, 5, 10) for rank in (0, 1)}) == 16
     assert draw(1, 10, 0) != draw(11, 0, 0)
+
+
+def test_a_row_of_skips_from_before_a_resume_counts_if_it_goes_on():
+    good, bad = torch.tensor(True), torch.tensor(False)
+    for next_step, longest in ((good, 0), (bad, 4)):
+        progress = Progress(skipped_updates=3, skipped_in_a_row=3)
+        skips = Skips(progress, torch.device("cpu"))
+        skips.add_(next_step, next_step)
+        skips.read(progress)
+        assert (skips.longest_row, progress.skipped_in_a_row) == (longest, longest)

@@ -157,8 +157,10 @@ def steps_in_use(folder: Path) -> dict[str, int | None]:
 
 def tidy(folder: Path, step: int, keep: int) -> None:
     """After the state of `step` is complete: removes states of earlier steps that no file of weights belongs to any
-    more, and those between intervals but for the newest `keep`."""
-    in_use, between = set(steps_in_use(folder).values()), 0
+    more, and those between intervals but for the newest `keep`. Where the file is there and damaged, its state
+    stays: the weights are in it."""
+    of_label, between = steps_in_use(folder), 0
+    in_use, damaged = set(of_label.values()), {label for label, number in of_label.items() if number is None}
     for path in states(folder):
         number = int(path.name.removeprefix("step_"))
         if number > step:
@@ -168,7 +170,12 @@ def tidy(folder: Path, step: int, keep: int) -> None:
         except (ValueError, KeyError):
             continue  # damaged: not ours to judge
         between += not labels
-        if number < step and number not in in_use and (labels or between > keep):
+        if (
+            number < step
+            and number not in in_use
+            and not damaged & set(labels)
+            and (labels or between > keep)
+        ):
             state.delete(path)
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Saver:
     """Saves of one run, one at a time. Made, and `save` called, by all ranks together.
 
     `keep`: how many states between intervals stay. `on_complete(labels)` is called on rank 0, by the thread.
+    `timeout_seconds`: of the ranks' waiting for one another in it.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Saver:
         keep: int = 2,
         in_background: bool = True,
         on_complete: Callable[[tuple[str, ...]], None] = lambda labels: None,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         self.folder = Path(folder)
         self.model, self.optimizer, self.averages = model, optimizer, averages
@@ -87,7 +90,9 @@ class Saver:
         bare = unwrap(model)
         self.staging = Staging(next(p.device for p in bare.parameters()))
         self.is_shared = sees_folder_of_first_rank(self.folder)
-        self._group = dist.new_group(backend="gloo") if in_background and dist.is_initialized() else None
+        self._group = None
+        if in_background and dist.is_initialized():
+            self._group = dist.new_group(timeout=timedelta(seconds=timeout_seconds), backend="gloo")
         self._waited = 0.0
         self._running: Save | None = None
         self._thread: threading.Thread | None = None

@@ -36,6 +36,10 @@ class Start:
     soup: tuple[str, ...] = ()
     """Where rank 0 reads the checkpoints of --average."""
 
+    def lies_in(self, folder: Path) -> bool:
+        """Whether the file is one of this folder's, however both are written."""
+        return Path(self.file).resolve().parent == folder.resolve()
+
     def discard(self) -> None:
         """Removes what was fetched for the start alone."""
         if self.fetched_to:
@@ -109,10 +113,11 @@ def leave_later(run: RunConfig, folder: Path, start: Start | None) -> list[str]:
     checkpoints = folder / "checkpoints"
     if start is None or start.state is None or run.checkpoint.resume == "latest":
         return []
-    if Path(start.file).resolve().parent != checkpoints.resolve():
+    if not start.lies_in(checkpoints):
         return []
     step, remote = start.state["step"], remote_folder(run, folder)
-    places = [set_aside(checkpoints, step), remote.set_aside(step) if remote else None]
+    # there first: killed in between, what is here is still the newest, and is copied there again
+    places = [remote.set_aside(step) if remote else None, set_aside(checkpoints, step)]
     return [
         f"--resume {start.name}: what this run had saved after step {step} is abandoned, and was moved to {place}"
         for place in places

@@ -118,7 +118,9 @@ def collect_on_first_rank(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 class Staging:
     """Host memory for this rank's part of a save, page-locked where there is a GPU, and kept for the next.
 
-    A GPU copies beside its work: nothing that is copied may change before `hold`.
+    A GPU copies beside its work, from a snapshot in its own memory where there is room for one: that takes
+    milliseconds, however long the way to the host. Where there is none, nothing that is copied may change before
+    `hold`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -126,6 +128,7 @@ class Staging:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: torch.cuda.Event | None = None
         self._held: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._snapshot: dict[str, Tensor] | None = None
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._release: Callable[[], Any] | None = None
 
@@ -150,9 +153,12 @@ class Staging:
     def copy(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """This rank's parts, in host memory when `wait` returns."""
         parts = {key: local(tensor) for key, tensor in tensors.items()}
-        self.reserve(sum(padded(part.nbytes) for part in parts.values()))
+        size = sum(padded(part.nbytes) for part in parts.values())
+        self.reserve(size)
         copies, start = {}, 0
         if self._stream is not None:
+            if has_room(self.device, size):
+                parts = self._snapshot = {key: part.clone() for key, part in parts.items()}
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):  # of None: nothing
             for key, part in parts.items():
@@ -168,7 +174,7 @@ class Staging:
 
     def hold(self) -> None:
         """What the device does from now on waits until everything is copied; the host does not."""
-        if self._copied is None or self._held is not None:
+        if self._copied is None or self._held is not None or self._snapshot is not None:
             return
         stream = torch.cuda.current_stream(self.device)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -181,6 +187,7 @@ class Staging:
         """Until the copies are there. By any thread."""
         if self._copied is not None:
             self._copied.synchronize()
+            self._snapshot = None
 
     def held_seconds(self) -> float:
         """How long `hold` made the device wait."""
@@ -189,6 +196,12 @@ class Staging:
         before, after = self._held
         after.synchronize()
         return before.elapsed_time(after) / 1000
+
+
+def has_room(device: torch.device, size: int) -> bool:
+    """Whether the GPU has `size` bytes, and a quarter more for fragments, beside all that training has had: what
+    torch keeps for it is not counted as free."""
+    return torch.cuda.mem_get_info(device)[0] >= size + size // 4
 
 
 def padded(size: int) -> int:

@@ -52,8 +52,10 @@ class DataConfig:
 
     data_cache_gib: float = 8.0
     """Size limit of --data-cache; never more than half the disk's free space. The least recently used shards
-    go first, and 64 per source are in use at a time. Until an s3:// shard of u16 or u32 members is there, its rows
-    are read by byte ranges. 0 keeps a shard only while a process has it open, and reads nothing by ranges."""
+    go first. 64 per source are in use at a time, and those stay on the disk beyond the limit until the processes
+    that read them close them (a warning says where that is so). Until an s3:// shard of u16 or u32 members is
+    there, its rows are read by byte ranges, and compared with it when it is; a run's last batch waits for that. 0
+    keeps a shard only while a process has it open, and reads nothing by ranges."""
 
     data_retries: int = 6
     """Retries of a remote read that is throttled, reset, stalled or answered by 5xx, after about 1, 2, 4, …

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import logging
 import os
 import re
@@ -21,18 +22,21 @@ TOKEN = (
 )
 FLAG = rf"(?<!\S)--?[\w-]*(?:{NAMES}|token(?!s|iz|-id))[\w-]*"
 PATTERNS = [
-    (re.compile(r"(\w+://)[^/\s'\"@]+@"), r"\1"),
+    (re.compile(r"(\w+://)[^/\s'\"@:]+:(?!\d+/)[^\s'\"@]*/[^\s'\"@]*@"), r"\1"),  # a password with a slash
+    (re.compile(r"(\w+://)[^/\s'\"]+@"), r"\1"),
     (re.compile(r"(\w+://[^\s'\"?]+)\?[^\s'\")]+"), rf"\1?{HIDDEN}"),
-    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?i)\b(bearer\s+)(?=\S*[\d._~+/=])[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
     (re.compile(rf"(?i)([\w-]*{NAMES}[\w-]*['\"]?\s*[=:]\s*['\"]?)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
     (re.compile(rf"(?i)([\w-]*{TOKEN}[\w-]*['\"]?\s*[=:]\s*['\"]?)(?![\d.,]+(?:\W|$))[^\s'\"&]+"), rf"\1{HIDDEN}"),
     (re.compile(rf"(?i)({FLAG}\s+['\"]?)(?!-)[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(sig=)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), HIDDEN),
     (re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{16,}"), HIDDEN),
+    (re.compile(r"(?i)\b(hooks\.slack\.com/services/)[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), HIDDEN),
 ]  # fmt: skip
-STRONG_VARIABLE = re.compile(rf"(?i){NAMES}")
+STRONG_VARIABLE = re.compile(rf"(?i){NAMES}|(?:^|_)pass$")
 # the word, not MAX_TOKENS, TOKENIZER or EOS_TOKEN_ID; not MONKEY
 WEAK_VARIABLE = re.compile(
     r"(?i)token(?:_?\d+)?$|token_(?!ids?$|count|limit|name|type)|(?:^|_)key(?:_?\d+)?$|(?:^|_)sas$"
@@ -53,9 +57,16 @@ def redact(text: str) -> str:
 
 
 def environment_secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
-    """Values of variables that are secret, the longest first, as they are and as they stand in URLs."""
+    """Values of variables that are secret, the longest first, in all their spellings."""
     values = {value for name, value in environment.items() if is_secret(name, value)}
-    return sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True)
+    return sorted({spelling for value in values for spelling in spellings(value)}, key=len, reverse=True)
+
+
+def spellings(value: str) -> tuple[str, ...]:
+    """The text as it is, and as it stands in URLs, in JSON and in Python's repr."""
+    quoted = quote(value, safe="")
+    lower = re.sub(r"%..", lambda match: match[0].lower(), quoted)
+    return value, quoted, lower, json.dumps(value)[1:-1], repr(value)[1:-1]
 
 
 @functools.lru_cache(maxsize=4096)

@@ -50,10 +50,13 @@ def refuse_nondeterministic(config: ModelConfig) -> None:
         )
 
 
-def after_restart(run: RunConfig, restarts: int, trains: bool) -> tuple[RunConfig, list[str]]:
+def after_restart(
+    run: RunConfig, restarts: int, trains: bool, begun: bool = True
+) -> tuple[RunConfig, list[str]]:
     """The flags of a run that torchrun has started again after a rank died: it goes on from its newest state, or
-    where there is none yet from what the first start began with."""
-    if not restarts or not trains:
+    where there is none yet from what the first start began with. Where no start has `begun` yet, each was refused
+    or died before: the flags are as they were."""
+    if not restarts or not trains or not begun:
         return run, []
     options = replace(run.checkpoint, resume="latest")
     if run.checkpoint.resume not in (None, "latest"):

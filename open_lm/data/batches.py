@@ -69,6 +69,10 @@ class Steps(Dataset):
         places = self.order.slots(step, *self.slots)
         return [self.reader.sources[source].shards[shard] for source, shard, _ in places]
 
+    def settle(self) -> None:
+        """Makes sure of the rows that were read."""
+        self.reader.settle()
+
     def __getitem__(self, step: int) -> Rows | Exception:
         try:
             places = self.order.slots(step, *self.slots)
@@ -104,6 +108,10 @@ class Stretches(Dataset):
         end = min((number + 1) * self.batch, self.total)
         first, last = (self.place(i)[1] for i in (number * self.batch, end - 1))
         return list(self.reader.sources[0].shards[first : last + 1])
+
+    def settle(self) -> None:
+        """Makes sure of the rows that were read."""
+        self.reader.settle()
 
     def place(self, sequence: int) -> tuple[int, int, int]:
         shard = int(self.end_N.searchsorted(sequence, side="right"))

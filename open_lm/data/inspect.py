@@ -6,12 +6,15 @@ prints each source's counts, its share of the mix and a decoded sample; --verify
 every checksum. Exit status 1 if anything is damaged: each damage is one line that names the shard.
 """
 
+import functools
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
@@ -20,7 +23,7 @@ from open_lm.data.binary import UnreadableSample
 from open_lm.data.index import hash_file
 from open_lm.data.manifest import Shard, Source, locate_beside, read_information, read_manifest
 from open_lm.data.order import normalize_weights
-from open_lm.data.remote import list_matching, read_bytes
+from open_lm.data.remote import Cache, Patience, list_matching, read_bytes
 from open_lm.data.shards import AUTO, open_shard
 
 if TYPE_CHECKING:
@@ -56,6 +59,17 @@ class InspectConfig:
     processes: int = os.cpu_count() or 1
     """Shards read at a time."""
 
+    data_retries: int = 6
+    """As in training."""
+
+    data_timeout: float = 30.0
+    """As in training."""
+
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return Patience(self.data_retries, self.data_timeout)
+
 
 class Finding(NamedTuple):
     """What reading a shard showed: its tokens, smallest and largest id, and what is damaged."""
@@ -66,12 +80,13 @@ class Finding(NamedTuple):
     damages: tuple[str, ...] = ()
 
 
-def verify_shard(shard: Shard, key: str, vocab_size: int | None) -> Finding:
+def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patience | None = None) -> Finding:
     """Reads every sample of a shard and compares what its manifest says of it. Damage is returned, not raised."""
-    try:
-        reader = open_shard(shard, key)
-    except (ValueError, OSError, ImportError) as error:
-        return Finding(damages=(str(error),))
+    with tempfile.TemporaryDirectory(prefix="open_lm-verify-") as folder:
+        try:  # not from the cache: what is there now is asked for
+            reader = open_shard(shard, key, Cache(Path(folder), 0, patience=patience or Patience()))
+        except (ValueError, OSError, ImportError) as error:
+            return Finding(damages=(str(error),))
     damages, tokens, lowest, highest, unreadable, odd = [], 0, [], [], [], 0
     try:
         if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
@@ -98,6 +113,10 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None) -> Finding:
     damages += unreadable[:NAMED_SAMPLES]
     if len(unreadable) > NAMED_SAMPLES:
         damages.append(f"shard {shard.url}: {len(unreadable):,} samples cannot be read in all")
+    if not unreadable and not odd and shard.tokens not in (None, tokens):
+        damages.append(
+            f"shard {shard.url}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
+        )
     if odd:
         damages.append(
             f"shard {shard.url}: {odd:,} samples have not the {shard.sequence_tokens} tokens that the manifest says"
@@ -108,11 +127,14 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None) -> Finding:
     return Finding(tokens, low, high, tuple(damages))
 
 
-def verify_source(source: Source, key: str, vocab_size: int | None, processes: int) -> Iterator[Finding]:
+def verify_source(source: Source, config: InspectConfig, vocab_size: int | None) -> Iterator[Finding]:
     """`verify_shard` of each shard, in order, several at a time."""
-    count = len(source.shards)
-    with ProcessPoolExecutor(max(1, min(processes, count)), get_context("spawn")) as pool:
-        yield from pool.map(verify_shard, source.shards, [key] * count, [vocab_size] * count)
+    verify = functools.partial(
+        verify_shard, key=config.data_key, vocab_size=vocab_size, patience=config.patience
+    )
+    processes = max(1, min(config.processes, len(source.shards)))
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        yield from pool.map(verify, source.shards)
 
 
 def describe_source(source: Source, share: float) -> str:
@@ -161,14 +183,17 @@ def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:
 
 def inspect(config: InspectConfig) -> list[str]:
     """Prints what the manifests hold; returns the damages. ValueError for weights that do not fit."""
-    manifests = [url for pattern in config.manifests for url in list_matching(pattern)]
+    if not config.manifests:
+        raise ValueError("no manifest is given: name one or more, such as data/train/manifest.jsonl")
+    patience = config.patience
+    manifests = [url for pattern in config.manifests for url in list_matching(pattern, patience)]
     weights = normalize_weights(config.train_data_mix_weights, len(manifests))
     given = load_tokenizer(config.tokenizer) if config.tokenizer else None
     damages: list[str] = []
     for manifest, weight in zip(manifests, weights, strict=True):
         try:
-            source = read_manifest(manifest)
-            information = read_information(manifest)
+            source = read_manifest(manifest, patience)
+            information = read_information(manifest, patience)
             print(describe_source(source, float(weight)))
             named = information.get("tokenizer")
             beside = load_tokenizer(locate_beside(named, manifest)) if named and given is None else None
@@ -185,11 +210,11 @@ def inspect(config: InspectConfig) -> list[str]:
 def verify(config: InspectConfig, manifest: str) -> list[str]:
     """Reads a source whole, prints what was found and returns the damages."""
     try:
-        source = read_manifest(manifest)
-        vocab_size = config.vocab_size or read_information(manifest).get("vocab_size")
+        source = read_manifest(manifest, config.patience)
+        vocab_size = config.vocab_size or read_information(manifest, config.patience).get("vocab_size")
     except (ValueError, OSError) as error:
         return [str(error)]
-    findings = list(verify_source(source, config.data_key, vocab_size, config.processes))
+    findings = list(verify_source(source, config, vocab_size))
     damages = [damage for finding in findings for damage in finding.damages]
     whole = [finding for finding in findings if finding.tokens]
     print(

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from open_lm.config import DataConfig
 from open_lm.config.redact import redact
 from open_lm.data.batches import Batch, Steps, Stretches, SyntheticSteps, load
-from open_lm.data.cache import find_cache
+from open_lm.data.cache import GIB, find_cache
 from open_lm.data.changes import changes_since, describe_source
 from open_lm.data.manifest import Source, is_manifest, read_information, read_manifest
 from open_lm.data.masks import NO_MASKS, Masks, find_masks
@@ -65,6 +65,8 @@ class TrainData:
         self.sources = find_sources(config, cache)
         for source in self.sources:
             check_vocabulary(source.name, vocab_size, cache)
+        if rank == 0:
+            warn_of_small_cache(self.sources, cache)
         self.reader = SequenceReader(
             self.sources,
             key=config.data_key,
@@ -203,6 +205,21 @@ def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> Non
             raise FileNotFoundError(f"{shard.url}, named by {source.name}, does not exist")
     if local:
         open_shard(local[0], key, cache, cut_short=cut_short).close()
+
+
+def warn_of_small_cache(sources: Sequence[Source], cache: Cache) -> None:
+    """Says where the remote shards that are read at a time, as far as their sizes are known, exceed the cache."""
+    sizes = [
+        sorted((shard.bytes or 0 for shard in source.shards if not is_local(shard.url)), reverse=True)[:LANES]
+        for source in sources
+    ]
+    needed = sum(map(sum, sizes))
+    if 0 < cache.limit_bytes < needed:
+        logger.warning(
+            "--data-cache-gib %.3g: up to %.3g GiB of remote shards are read at a time (%d of a source). What the "
+            "cache drops stays on the disk while a process reads it, and is fetched again for others: a larger "
+            "cache, or smaller shards, spare that", cache.limit_bytes / GIB, needed / GIB, LANES,
+        )  # fmt: skip
 
 
 def check_vocabulary(manifest: str, vocab_size: int, cache: Cache) -> None:

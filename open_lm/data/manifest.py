@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from open_lm.data.remote import PIPE, Patience, is_local, read_bytes
 
-NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride")
+NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride", "tokens")
 TEXTS = ("sha256", "data_key")
 # The word of a command that names a manifest.
 PIPED = re.compile(r"""(?P<folder>(?:[^\s'"|;<>]*/)?)[^\s/'"|;<>]+\.jsonl(?=$|[\s'"|;<>])""")
@@ -31,6 +31,8 @@ class Shard(NamedTuple):
     """Of each sequence. With first_offset and stride, bytes: sequence i begins at first_offset + i * stride."""
     first_offset: int | None = None
     stride: int | None = None
+    tokens: int | None = None
+    """Of all sequences."""
 
 
 class Source(NamedTuple):

@@ -101,6 +101,10 @@ class RangedShard(BinarySequences):
         if self.whole is not None:
             self.whole.cancel()
 
+    def has_come(self) -> bool:
+        """Whether the whole shard has been fetched, or could not be."""
+        return self.whole is not None and self.whole.done()
+
     def span(self, sequence: int) -> tuple[int, int]:
         """Bytes of the tar that are the sequence and the header before it."""
         start = self.layout.first_offset + sequence * self.layout.stride - BLOCK_BYTES

@@ -31,13 +31,18 @@ class Items(Protocol):
         """What an item is read from."""
         ...
 
+    def settle(self) -> None:
+        """Makes sure of all items that were read. Raises what is wrong with them."""
+        ...
+
 
 class ReadAhead(Dataset):
     """The same items as `items`, asked for in the order of `numbers`.
 
     Threads of the process that reads them (with several workers each has its own) bring the shards of the next
     items into the cache: at most AHEAD_SHARDS of them and half the cache's bytes before they are needed, none
-    that `numbers` do not need. What cannot be fetched is only logged: whoever reads the item meets the error.
+    that `numbers` do not need. What cannot be fetched is only logged: whoever reads the item meets the error. The
+    last item of a process is given once all of its items are settled.
     """
 
     def __init__(self, items: Items, numbers: Sequence[int], cache: Cache):
@@ -45,17 +50,22 @@ class ReadAhead(Dataset):
         self.numbers = numbers
         self.cache = cache
         self.fetcher: Fetcher | None = None  # of this process: threads do not live through a fork
+        self.last: int | None = None  # of this process
 
     def __getitem__(self, number: int) -> Any:
         if self.fetcher is None:
             worker = get_worker_info()
-            self.fetcher = Fetcher(
-                self.items.shards,
-                self.numbers[self.numbers.index(number) :: worker.num_workers if worker else 1],
-                self.cache,
-            )
+            mine = self.numbers[self.numbers.index(number) :: worker.num_workers if worker else 1]
+            self.last = mine[-1]
+            self.fetcher = Fetcher(self.items.shards, mine, self.cache)
         self.fetcher.reach(number)
-        return self.items[number]
+        item = self.items[number]
+        if number == self.last and not isinstance(item, Exception):
+            try:
+                self.items.settle()
+            except (ValueError, OSError, ImportError) as error:
+                return error
+        return item
 
     def close(self) -> None:
         """Ends the threads; what they are in the middle of is given up at the next part or attempt."""

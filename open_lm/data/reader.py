@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
-RANGED_SHARE = 16  # no more than a 16th of a shard's rows, and those of a batch, are read by ranges
+RANGED_SHARE = 128  # no more than a 128th of a shard's rows, and those of a batch, are read by ranges
 FETCHES = 4  # whole shards at a time, beside those that are read ahead
 
 Reader = ShardReader | BinarySequences
@@ -61,6 +61,7 @@ class OpenShards:
         self.cut_short = cut_short
         """Whether the readable part of a tar that is cut short will do."""
         self.readers: OrderedDict[str, Reader] = OrderedDict()
+        self.unproved: list[RangedShard] = []  # closed, and what they gave was not compared
         self.start()
 
     def start(self) -> None:
@@ -73,7 +74,7 @@ class OpenShards:
         """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
         is gone, also after waiting for it; OSError if rows that were read by ranges are not those it has."""
         reader = self.readers.get(shard.url)
-        if isinstance(reader, RangedShard) and reader.whole is not None and reader.whole.done():
+        if isinstance(reader, RangedShard) and reader.has_come():
             reader = self.replace(reader)
         if reader is None:
             return self.put(self.open(shard))
@@ -83,7 +84,11 @@ class OpenShards:
     def put(self, reader: Reader) -> Reader:
         self.readers[reader.url] = reader
         if len(self.readers) > self.limit:
-            self.readers.popitem(last=False)[1].close()
+            oldest = self.readers.popitem(last=False)[1]
+            if isinstance(oldest, RangedShard) and oldest.given:
+                self.unproved.append(oldest)
+            else:
+                oldest.close()
         return reader
 
     def prepare(self, wanted: Sequence[tuple[Shard, int]]) -> None:
@@ -99,6 +104,9 @@ class OpenShards:
             self.start()
             for url in [url for url, reader in self.readers.items() if isinstance(reader, RangedShard)]:
                 del self.readers[url]
+            self.unproved.clear()
+        for reader in [r for r in self.readers.values() if isinstance(r, RangedShard) and r.has_come()]:
+            self.replace(reader)  # so that damage is noticed whether the shard is needed again or not
         new = [s for s in sequences if s.url not in self.readers and may_have_ranges(s, self.cache)]
         finding = [self.asking.submit(functools.partial(find_ranged, shard, self.cache)) for shard in new]
         for future in finding:
@@ -111,8 +119,7 @@ class OpenShards:
         readers = [
             (reader, sequences[shard])
             for shard in sequences
-            if isinstance(reader := self.readers.get(shard.url), RangedShard)
-            and not (reader.whole is not None and reader.whole.done())
+            if isinstance(reader := self.readers.get(shard.url), RangedShard) and not reader.has_come()
         ]
         keeping = [
             (reader, self.asking.submit(functools.partial(reader.keep, together)))
@@ -137,10 +144,28 @@ class OpenShards:
     def replace(self, reader: RangedShard) -> Reader:
         """Waits for the whole shard and takes it from now on."""
         del self.readers[reader.url]
-        whole = self.fetch(reader).result()
+        return self.put(self.prove(reader))
+
+    def prove(self, reader: RangedShard) -> BinaryShard:
+        """The whole shard, with which the rows that were read by ranges agree."""
+        try:
+            whole = self.fetch(reader).result()
+        except PermissionError:
+            raise
+        except OSError as error:
+            logger.warning("%s; fetched once more", error)  # that may be long ago
+            whole = self.open(reader.shard)
         assert isinstance(whole, BinaryShard)  # its layout is promised
         reader.compare(whole)
-        return self.put(whole)
+        return whole
+
+    def settle(self) -> None:
+        """Compares all rows that were read by ranges with their shards, fetched for it. Errors as of `get`."""
+        for reader in [reader for reader in self.readers.values() if isinstance(reader, RangedShard)]:
+            if reader.given:
+                self.replace(reader)
+        while self.unproved:
+            self.prove(self.unproved.pop()).close()
 
     def open(self, shard: Shard) -> ShardReader | BinaryShard:
         """The whole shard, fetched if it is remote."""
@@ -228,6 +253,10 @@ class SequenceReader:
             for row_L, (source, shard, sequence) in zip(tokens_BL, places, strict=True):
                 self.check(row_L, self.open_shards.get(self.sources[source].shards[shard]), sequence)
         return Rows(tokens_BL, good_B, tuple(bad))
+
+    def settle(self) -> None:
+        """Makes sure of the rows that were read before their shards had come whole. Errors as of `read`."""
+        self.open_shards.settle()
 
     def expect(self, streams: int) -> None:
         """Keeps so many times LANES shards open, if the process may open as many files."""

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +30,22 @@ __all__ = ["Log", "commit", "jsonable", "logger"]
 logger = logging.getLogger("open_lm")
 
 PICTURE_LINES = 50  # log lines between two pictures of the experts' shares
+
+
+class OutLog(logging.FileHandler):
+    """out.log. Where its disk is full its lines are missing, which is said once, and nothing else is lost."""
+
+    failed = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not self.failed and sys.stderr is not None:
+            self.failed = True
+            print(f"{self.baseFilename} misses lines from here on: {error}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of what is still to be written
+            super().close()
 
 
 class Log:
@@ -55,7 +72,7 @@ class Log:
             self._jsonl = open_jsonl(folder / "log.jsonl")
         if self.is_main or local:
             folder.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(folder / (f"out-{rank}.log" if local else "out.log"))
+            handler = OutLog(folder / (f"out-{rank}.log" if local else "out.log"))
             handler.setFormatter(logging.Formatter(f"%(asctime)s | %(levelname)s | {where}%(message)s"))
             logger.addHandler(handler)
         if not logger.handlers:
@@ -160,8 +177,8 @@ class Log:
         """`close_metrics`, and the text log."""
         self.close_metrics(failed)
         for handler in list(logger.handlers):
-            handler.close()
             logger.removeHandler(handler)
+            handler.close()
 
     def _resume(self, step: int) -> None:
         try:

@@ -15,7 +15,7 @@ def make_deterministic() -> list[str]:
     """
     given = os.environ.setdefault(WORKSPACE, ":4096:8")
     if given not in (":4096:8", ":16:8"):
-        raise SystemExit(
+        raise ValueError(
             f"--deterministic: {WORKSPACE}={given} in the environment; expected :4096:8 or :16:8"
         )
     os.environ.setdefault("TORCHINDUCTOR_MAX_AUTOTUNE", "0")

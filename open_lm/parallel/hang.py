@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from open_lm.config.redact import redact
+from open_lm.parallel.store import BoundedStore
 
 logger = logging.getLogger("open_lm")
 
@@ -43,8 +43,9 @@ def report_hang(
     world_size: int,
     state: State,
     main: threading.Thread,
-    store: dist.Store | None,
+    store: BoundedStore | None,
     folder: str | None,
+    silent_holder: int | None = None,
 ) -> None:
     """Shows this rank's stacks; then the lowest rank that answers names the one that hangs and shows its stack.
 
@@ -63,7 +64,7 @@ def report_hang(
             answers |= collect(store, world_size, rank)
     write_flight_recorder(rank, folder)
     if rank == min(answers):
-        text = describe(answers, world_size)
+        text = describe(answers, world_size, silent_holder)
         logger.error("%s", text)
         write_error(text)
         if not any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
@@ -84,7 +85,7 @@ def show_stacks(rank: int, state: State) -> None:
         faulthandler.dump_traceback(file=2, all_threads=True)
 
 
-def collect(store: dist.Store, world_size: int, rank: int) -> dict[int, dict]:
+def collect(store: BoundedStore, world_size: int, rank: int) -> dict[int, dict]:
     """What the other ranks answer in ANSWER_SECONDS."""
     answers: dict[int, dict] = {}
     deadline = time.monotonic() + ANSWER_SECONDS
@@ -118,10 +119,17 @@ def last_frames(stack: str, count: int = 8) -> str:
     return "".join(re.split(r"(?m)^(?=  File )", stack)[-count:])
 
 
-def describe(answers: dict[int, dict], world_size: int) -> str:
-    """The report, for people."""
+def describe(answers: dict[int, dict], world_size: int, silent_holder: int | None = None) -> str:
+    """The report, for people. `silent_holder`: the rank that holds the store by which ranks answer, if that is
+    silent itself."""
     hanging = find_hanging(answers, world_size)
     lines = []
+    if silent_holder is not None:
+        hanging = []
+        lines.append(
+            f"rank {silent_holder} hangs: the store that it holds does not answer (it is frozen, or its machine "
+            "is), so other ranks than this one cannot be asked"
+        )
     for rank in hanging:
         if rank not in answers:
             lines.append(f"rank {rank} hangs: it does not answer (frozen, or its machine is)")
@@ -134,7 +142,8 @@ def describe(answers: dict[int, dict], world_size: int) -> str:
     others = {rank: each for rank, each in sorted(answers.items()) if rank not in hanging}
     if others:
         shown = [f"rank {r}: step {w['step']}, {w['phase']}" for r, w in list(others.items())[:8]]
-        lines.append("the others wait: " + "; ".join(shown) + ("; …" if len(others) > 8 else ""))
+        who = "the others wait" if silent_holder is None else "this one waits"
+        lines.append(f"{who}: " + "; ".join(shown) + ("; …" if len(others) > 8 else ""))
     return "\n".join(lines)
 
 

@@ -13,7 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from open_lm.config.distributed import DistributedConfig
 from open_lm.parallel.launch import Ranks, count_restarts, find_ranks
-from open_lm.parallel.watch import StopAsked, Watch, open_store
+from open_lm.parallel.watch import StopAsked, Watch, has_agent_store, open_store
 
 T = TypeVar("T")
 
@@ -44,6 +44,8 @@ class World:
     """What the user should hear of how the ranks were found."""
     watch: Watch = field(default_factory=Watch)
     """Hears signals and notices hangs."""
+    attempts: dist.Store | None = None
+    """What torchrun keeps through its restarts of the ranks; None without torchrun."""
 
     @property
     def is_first(self) -> bool:
@@ -81,7 +83,30 @@ def start(config: DistributedConfig) -> World:
         config.stop_signals,
         config.hang_timeout,
     )
-    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes), watch)
+    attempts = open_attempts(ranks, store)
+    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes), watch, attempts)
+
+
+def open_attempts(ranks: Ranks, store: dist.Store | None) -> dist.Store | None:
+    """torchrun's own store, below the ranks', which it gives them anew with every attempt."""
+    if not has_agent_store():
+        return None
+    if store is None:  # one rank, which has not met anybody
+        store, _, _ = next(rendezvous("env://", ranks.rank, ranks.world_size))
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return dist.PrefixStore("open_lm/attempts", store)
+
+
+def set_begun(world: World) -> None:
+    """An attempt has passed all that could be refused: what torchrun starts after it goes on from its states."""
+    if world.attempts is not None and world.rank == 0:
+        world.attempts.set("begun", "1")
+
+
+def has_begun(world: World) -> bool:
+    """Whether an earlier attempt has; True where nobody knows."""
+    return world.attempts is None or world.attempts.check(["begun"])
 
 
 def _device(local_rank: int, no_set_device_rank: bool) -> torch.device:

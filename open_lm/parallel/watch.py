@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from open_lm.config.redact import redact
 from open_lm.parallel.hang import State, report_hang
+from open_lm.parallel.store import BoundedStore, SilentStore
 
 logger = logging.getLogger("open_lm")
 
@@ -53,7 +54,9 @@ class Watch:
         self.reason = ""
         self.tell: Callable[[str], None] = lambda text: None
         """Keeps the reason for which the run ends by an error; the log's, once it is open."""
-        self._store: dist.Store | None = None
+        self._store: BoundedStore | None = None
+        self._silent = False
+        """The store has stopped answering."""
         self._asked, self._closing, self._resting = threading.Event(), threading.Event(), threading.Lock()
         self._asked_at: float | None = None
         self._told = self._ending = False
@@ -66,7 +69,7 @@ class Watch:
         self,
         rank: int,
         world_size: int,
-        store: dist.Store | None,
+        store: BoundedStore | None,
         signals: Sequence[str],
         hang_seconds: float,
     ) -> None:
@@ -184,6 +187,7 @@ class Watch:
                     self._exchange()
                 except Exception as error:  # whoever holds the store is gone
                     logger.debug("the ranks' store does not answer: %s", error)
+                    self._silent = isinstance(error, SilentStore)
                     self._store = None
             if not (self._closing.is_set() or self._ending) and self._hangs():
                 self._end_hang()
@@ -232,12 +236,16 @@ class Watch:
             if time.monotonic() - self.state.since <= limit:
                 return False
         if self._store is not None:
-            self._store.set("hang", str(self.rank))
-            self._store.set("event", "hang")
+            try:
+                self._store.set("hang", str(self.rank))
+                self._store.set("event", "hang")
+            except Exception as error:
+                self._silent, self._store = isinstance(error, SilentStore), None
         return True
 
     def _end_hang(self) -> None:
-        report_hang(self.rank, self.world_size, self.state, self._main, self._store, self.folder)
+        holder = 0 if self._silent and not has_agent_store() else None
+        report_hang(self.rank, self.world_size, self.state, self._main, self._store, self.folder, holder)
         leave(1)
 
 
@@ -265,7 +273,7 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def open_store(store: dist.Store | None, attempt: int) -> dist.Store | None:
+def open_store(store: dist.Store | None, attempt: int) -> BoundedStore | None:
     """A connection of the thread's own, as torch's waits block the one they use; apart from earlier attempts of
     torchrun, whose store outlives them."""
     if store is None:
@@ -275,7 +283,12 @@ def open_store(store: dist.Store | None, attempt: int) -> dist.Store | None:
         store = clone() if clone else store
     assert store is not None
     store.set_timeout(timedelta(seconds=10))
-    return dist.PrefixStore(f"open_lm/watch/{attempt}", store)
+    return BoundedStore(dist.PrefixStore(f"open_lm/watch/{attempt}", store))
+
+
+def has_agent_store() -> bool:
+    """Whether the ranks' store is torchrun's; else rank 0 holds it."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def stderr() -> Any:

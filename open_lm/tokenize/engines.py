@@ -6,6 +6,9 @@ never run again, and one that has none leaves nothing that another run of it doe
 
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,6 +35,19 @@ def run_task(task: Any) -> dict:
     text = json.dumps(result)
     open_folder(task.work, task.patience).write(f"{task.name}.json", text.encode())
     return json.loads(text)  # the same from here as from the file
+
+
+def end_with_parent() -> None:
+    """In a worker: when its parent is gone, however that ended, so is the worker, in the midst of a task. It must
+    write nothing once another run may own the folders."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="parent").start()
 
 
 class Engine(Protocol):
@@ -64,7 +80,9 @@ class LocalEngine(ExitStack):
                 context = multiprocessing.get_context(
                     "spawn"
                 )  # nothing of this process can reach the workers
-                self.pool = ProcessPoolExecutor(self.processes, mp_context=context)
+                self.pool = ProcessPoolExecutor(
+                    self.processes, mp_context=context, initializer=end_with_parent
+                )
                 self.callback(self.pool.shutdown, cancel_futures=True)
             try:
                 futures = {self.pool.submit(run_task, task): task for task in left.values()}

@@ -63,13 +63,22 @@ def kind_of(name: str) -> Kind | None:
     return Kind(format, compression)
 
 
-def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[str] = ()) -> list[File]:
+def list_files(
+    entry: str,
+    source: int,
+    patience: Patience,
+    excluded: Sequence[str] = (),
+    passed: list[str] | None = None,
+) -> list[File]:
     """The files of one --inputs entry, in a fixed order, without those in `excluded` folders (what a run writes is
-    no input). ValueError or FileNotFoundError names what gives none."""
+    no input). Files that only their folder stands for, and that hold no documents by their names, are added to
+    `passed`. ValueError or FileNotFoundError names what gives none."""
     found: dict[str, tuple[int, str]] = {}
+    others: list[str] = []
     is_ours = functools.cache(lambda folder: any(is_inside(folder, ours) for ours in excluded))
     for pattern in expand(entry):
-        every = list(list_local(pattern) if is_local(pattern) else list_remote(pattern, patience))
+        listing = list_local(pattern, others) if is_local(pattern) else list_remote(pattern, patience, others)
+        every = list(listing)
         listed = [file for file in every if not is_ours(posixpath.dirname(file[0]))]
         if every and not listed:
             raise FileNotFoundError(
@@ -77,11 +86,16 @@ def list_files(entry: str, source: int, patience: Patience, excluded: Sequence[s
                 "what a run writes is no input: name other folders for those"
             )
         if not listed:
-            raise FileNotFoundError(f"--inputs {pattern}: no file with documents there (known: {KNOWN})")
+            there = f"; {others[0]}: name it, or a pattern, to have it read" if others else ""
+            raise FileNotFoundError(
+                f"--inputs {pattern}: no file with documents there (known: {KNOWN}){there}"
+            )
         for url, size, version in listed:
             if kind_of(url) is None:
                 raise ValueError(f"--inputs {url}: unknown ending (known: {KNOWN})")
             found[url] = (size, version)
+    if passed is not None:
+        passed += [url for url in dict.fromkeys(others) if not is_ours(posixpath.dirname(url))]
     return [File(source, number, url, *found[url]) for number, url in enumerate(found)]
 
 
@@ -99,11 +113,13 @@ def find_repeats(entries: Sequence[str], files: Sequence[File]) -> list[str]:
     for (a, b), urls in shared.items():
         which = f"{urls[0]} and {len(urls) - 1:,} more files" if urls[1:] else urls[0]
         where = f"in {entries[a]} and in {entries[b]}" if a != b else f"under two names in {entries[a]}"
+        if a != b and entries[a] == entries[b]:
+            where = f"{entries[a]} is given twice"
         lines.append(f"--inputs: {which}: {where}, so every document of it is used twice")
     return lines
 
 
-def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
+def list_local(pattern: str, passed: list[str]) -> Iterator[tuple[str, int, str]]:
     pattern = pattern.removeprefix("file://")
     paths = [pattern]
     if not os.path.exists(pattern):
@@ -113,15 +129,26 @@ def list_local(pattern: str) -> Iterator[tuple[str, int, str]]:
     for path in paths:
         inside = [path]
         if os.path.isdir(path):
-            walked = sorted(os.path.join(folder, n) for folder, _, names in os.walk(path) for n in names)
-            inside = [name for name in walked if in_folder(name)]
+            inside = choose_of_folder(sorted(walk(path)), passed)
         for name in inside:
             with open(name, "rb"):  # unreadable: said before work starts
                 stat = os.stat(name)
             yield name, stat.st_size, str(stat.st_mtime_ns)
 
 
-def list_remote(pattern: str, patience: Patience) -> Iterator[tuple[str, int, str]]:
+def walk(folder: str) -> Iterator[str]:
+    """The files in a folder and those below it, also behind symbolic links, each folder once."""
+    entered: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
+        if (place := os.path.realpath(here)) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        folders.sort()
+        yield from (os.path.join(here, name) for name in names)
+
+
+def list_remote(pattern: str, patience: Patience, passed: list[str]) -> Iterator[tuple[str, int, str]]:
     def find() -> tuple[Any, dict[str, dict]]:
         file_system, path = find_file_system(pattern, patience)
         file_system.invalidate_cache()
@@ -129,12 +156,16 @@ def list_remote(pattern: str, patience: Patience) -> Iterator[tuple[str, int, st
             return file_system, file_system.glob(path, detail=True)
         if not pattern.endswith("/") and file_system.isfile(path):
             return file_system, {path: file_system.info(path)}
-        return file_system, {
-            name: found for name, found in file_system.find(path, detail=True).items() if in_folder(name)
-        }
+        return file_system, file_system.find(path, detail=True)
 
     file_system, found = retry(pattern, "listing it", find, patience)
-    for name, information in sorted(found.items()):
+    names = sorted(found)
+    if not glob.has_magic(pattern) and names != [file_system._strip_protocol(pattern)]:
+        left: list[str] = []
+        names = choose_of_folder(names, left)
+        passed += map(file_system.unstrip_protocol, left)
+    for name in names:
+        information = found[name]
         if information.get("type") != "directory":
             version = next(
                 (str(information[k]) for k in ("ETag", "mtime", "LastModified") if k in information), ""
@@ -142,11 +173,14 @@ def list_remote(pattern: str, patience: Patience) -> Iterator[tuple[str, int, st
             yield file_system.unstrip_protocol(name), int(information.get("size") or 0), version
 
 
-def in_folder(path: str) -> bool:
-    """Whether a file that only its folder's name stands for is meant: hidden files and .json are not."""
-    name = posixpath.basename(path)
-    kind = kind_of(name)
-    return kind is not None and not name.startswith(".") and not name.removesuffix(".gz").endswith(".json")
+def choose_of_folder(paths: Sequence[str], passed: list[str]) -> list[str]:
+    """Those that are meant where only their folder is named: no hidden ones, and no plain .json, which is mostly
+    about data; what is passed over, but for the hidden ones, is added to `passed`."""
+    shown = [path for path in paths if not posixpath.basename(path).startswith(".")]
+    chosen = [path for path in shown if kind_of(path) is not None and not path.lower().endswith(".json")]
+    kept = set(chosen)
+    passed += [path for path in shown if path not in kept]
+    return chosen
 
 
 def divide(file: File, unit_bytes: int, patience: Patience) -> list[Unit]:

@@ -7,8 +7,8 @@ from open_lm.tokenize.plan import PLAN, Plan, is_claimed
 
 # Every name that a run writes. What has another one is somebody else's and stays, whatever folder it is in.
 IN_WORK = re.compile(
-    r"plan\.json|unit_\d{6}\.json|unit_\d{6}_\d{4,}\.ids|pack_(train|held_out)_(\d{6}|tails)\.(json|rows)"
-    r"|shard_(train|held_out)_\d{8}\.json"
+    r"plan\.json|(unit_\d{6}_[0-9a-f]{8}|shard_(train|held_out)_\d{8}_[0-9a-f]{8})\.json"
+    r"|unit_\d{6}_[0-9a-f]{8}_\d{4,}\.ids|pack_(train|held_out)_(\d{6}|tails)_[0-9a-f]{8}\.(json|rows)"
 )
 IN_OUTPUT = re.compile(
     r"plan\.json|bad\.jsonl|(held_out/)?(manifest\.jsonl|info\.json|tokenizer\.json|shard_\d{8}\.tar)"

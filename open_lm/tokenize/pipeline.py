@@ -53,6 +53,12 @@ def tokenize(config: TokenizeConfig, progress: Progress | None = None) -> dict[s
         claim(output, plan, "--output")
         for line in find_repeats(config.inputs, plan.files):
             progress.say(f"warning: {line}")
+        if plan.passed:
+            names = ", ".join(plan.passed[:SHOWN]) + (", …" if plan.passed[SHOWN:] else "")
+            progress.say(
+                f"warning: --inputs: {len(plan.passed):,} files in its folders are passed over, as their endings "
+                f"are not those of documents there ({names}): name a file, or a pattern, to have it read"
+            )
         complete = MANIFEST in output.names()
         if complete and (damages := find_damages(output, plan, parts)):
             more = f" and {len(damages) - SHOWN:,} more" if len(damages) > SHOWN else ""
@@ -204,10 +210,10 @@ class Run:
                     f"{config.max_bad})"
                 )
 
-        how = How(config.text_key, config.txt_documents, config.patience)
+        how, mark = How(config.text_key, config.txt_documents, config.patience), self.plan.mark
         tasks = [
             Encode(
-                f"unit_{i:06d}", self.work.url, self.output.url, unit, how, self.plan.split,
+                f"unit_{i:06d}_{mark}", self.work.url, self.output.url, unit, how, self.plan.split,
                 vocabulary.end_of_text, vocabulary.dtype, config.on_bad, config.max_bad,
             )
             for i, unit in enumerate(self.plan.units)
@@ -247,7 +253,7 @@ class Run:
         for bucket in range(count):
             found = [Block(*b) for result in encoded for b in result["blocks"].get(str(first + bucket), [])]
             if found:
-                name = f"pack_{part}_{bucket:06d}"
+                name = f"pack_{part}_{bucket:06d}_{self.plan.mark}"
                 tasks.append(Pack(name, self.work.url, rows, part, bucket, tuple(found)))
         width = int(rows.dtype[2:])
         results = self.run(
@@ -261,7 +267,7 @@ class Run:
         ]
         if not left:
             return names, results, 0
-        task = Tails(f"pack_{part}_tails", self.work.url, rows, part, tuple(left))
+        task = Tails(f"pack_{part}_tails_{self.plan.mark}", self.work.url, rows, part, tuple(left))
         joined = self.run(engine, f"join {part}", [task], lambda task: width * sum(t[2] for t in task.tails))
         return [*names, f"{task.name}.rows"], results + joined, joined[0]["tail"]
 
@@ -277,7 +283,7 @@ class Run:
         for number, start in enumerate(range(0, total, size)):
             after = share_out(counts, min(start + size, total))
             slices = tuple((n, a, b - a) for n, a, b in zip(names, before, after, strict=True) if b > a)
-            name = f"shard_{part}_{number:08d}"
+            name = f"shard_{part}_{number:08d}_{self.plan.mark}"
             tasks.append(
                 WriteShard(name, self.work.url, output.url, rows, part, number, slices, self.config.format)
             )

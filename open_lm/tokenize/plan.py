@@ -29,6 +29,13 @@ class Plan:
     split: Split
     tokenizer: bytes | None  # None: to be trained
     record: dict[str, Any]
+    passed: tuple[str, ...]
+    """Files in --inputs' folders that are none by their names."""
+
+    @property
+    def mark(self) -> str:
+        """In the names of tasks, so that a late worker of another plan never writes what this one reads."""
+        return hashlib.sha256(json.dumps(self.record, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def make_plan(config: TokenizeConfig) -> Plan:
@@ -42,11 +49,12 @@ def make_plan(config: TokenizeConfig) -> Plan:
         if config.pad_token is not None:
             find_token(parsed, config.pad_token, "--pad-token")
         count_ids(parsed)
+    passed: list[str] = []
     ours = [config.output] if config.work is None else [config.output, config.work]
     files = [
         file
         for source, entry in enumerate(config.inputs)
-        for file in list_files(entry, source, config.patience, ours)
+        for file in list_files(entry, source, config.patience, ours, passed)
     ]
     unit_bytes = int(config.unit_megabytes * 1e6)
     units = [unit for file in files for unit in divide(file, unit_bytes, config.patience)]
@@ -65,7 +73,7 @@ def make_plan(config: TokenizeConfig) -> Plan:
             for source, entry in enumerate(config.inputs)
         ],
     }
-    return Plan(tuple(files), tuple(units), split, tokenizer, json.loads(json.dumps(record)))
+    return Plan(tuple(files), tuple(units), split, tokenizer, json.loads(json.dumps(record)), tuple(passed))
 
 
 def expansion(url: str) -> int:

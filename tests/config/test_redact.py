@@ -1,5 +1,6 @@
 """What is secret goes, what looks like it stays."""
 
+import json
 import logging
 
 import pytest
@@ -15,12 +16,15 @@ SECRET = [
     "--db-token 'hunter2'",
     "a.blob.core.windows.net/x?sv=1&sig=hunter2%3D", "github_" + "pat_11ABCDEFG0hunter2hunter2hunter2",
     "xox" + "b-123456789012-hunter2hunter2", "AI" + "zaSyhunter2hunter2hunter2hunter2hunter2",
-    "passphrase: hunter2",
+    "passphrase: hunter2", "https://hooks.slack.com/services/T0/B0/hunter2",
+    "{'Authorization': 'Bearer hunter2'}", "sent Bearer abc.hunter2/x to it",
+    "s3://KEY:hunt/hunter2@bucket/a", "https://me:p@hunter2@store.example/x", "https://me@x.org:hunter2@store/x",
 ]  # fmt: skip
 PLAIN = [
     "step 5 | tokens 640 | loss 3.2", "tokens: 640", "token id: 50256", "the tokenizer: tokenizer.json",
     "s3://bucket/a{00..99}.tar", "pipe:aws s3 cp s3://b/x -", "https://store.example/x", "{'train/tokens': 640}",
-    "token 16: the model's", "moe_num_experts: 8",
+    "token 16: the model's", "moe_num_experts: 8", "http://127.0.0.1:8080/a@b.tar", "s3://bucket/a:b/c@d.tar",
+    "the bearer instruments", "pass: 3",
 ]  # fmt: skip
 
 
@@ -41,6 +45,14 @@ def test_values_of_the_environment(monkeypatch) -> None:
     assert redact("it said q9w8e7r6t5, false, /home/me/key") == "it said …, false, /home/me/key"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/wJa+rX/K7MDENGbPxRfi")
     assert redact("see /wJa+rX/K7MDENGbPxRfi and %2FwJa%2BrX%2FK7MDENGbPxRfi") == "see … and …"
+    assert redact("see %2fwJa%2brX%2fK7MDENGbPxRfi") == "see …"
+
+
+def test_values_of_the_environment_as_they_are_written(monkeypatch) -> None:
+    value = "q9\"w8'e7\nr6\\t5"
+    monkeypatch.setenv("DB_PASS", value)
+    for text in (value, json.dumps({"a": value}), repr({"a": value}), repr(value)):
+        assert "w8" not in redact(f"it said {text}"), text
 
 
 def test_a_password_of_digits_goes() -> None:

@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
+import boto3
 import numpy as np
 import pytest
 
 from open_lm.data.index import IndexConfig, write_manifest
 from open_lm.data.inspect import InspectConfig, inspect, verify_shard
 from open_lm.data.manifest import read_manifest
+from open_lm.data.remote import Cache, open_file
 from open_lm.tokenize.shard_writer import write_shards
 
 
@@ -56,6 +59,28 @@ def test_an_index_on_s3_is_read_back_and_inspected(bucket, folder):
     assert (done.returncode, done.stderr) == (0, "")
     assert "60 sequences in 2 shards, 300 tokens" in done.stdout
     assert "read 300 tokens, ids 3 … 302; 0 damages in 0 shards" in done.stdout
+
+
+def test_what_is_verified_is_what_is_there_now(bucket, folder, tmp_path, monkeypatch):
+    """Not what the cache holds of before."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    bucket(folder)
+    config = InspectConfig(("s3://bucket/manifest.jsonl",), verify=True, vocab_size=303, processes=1)
+    assert inspect(config) == []
+    shards = read_manifest("s3://bucket/manifest.jsonl").shards
+    for shard in shards:
+        os.close(open_file(shard.url, Cache(), shard.bytes, shard.sha256))
+    boto3.client("s3").delete_object(Bucket="bucket", Key="shard_00000001.tar")
+    (damage,) = inspect(config)
+    assert damage.startswith("s3://bucket/shard_00000001.tar: no such file")
+
+
+def test_a_manifest_is_needed():
+    done = run("inspect")
+    assert done.returncode == 1
+    assert "no manifest is given" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_an_index_needs_whole_tars(folder, tmp_path):
@@ -113,6 +138,14 @@ def test_damage_is_found_and_named(folder, damage, message):
     assert len(damages) == 1
     assert "shard_00000001.tar" in damages[0]
     assert message in damages[0]
+
+
+def test_counts_of_tokens_are_compared(folder):
+    path = folder / "manifest.jsonl"
+    path.write_text(path.read_text().replace('"tokens": 100', '"tokens": 99'))
+    assert inspect(InspectConfig((str(path),), verify=True, processes=1)) == [
+        f"shard {folder}/shard_00000001.tar: the manifest says 99 tokens, the tar has 100"
+    ]
 
 
 def test_damage_is_an_exit_status(folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,12 @@ MANIFEST = "s3://bucket/manifest.jsonl"
 def fetches_end(monkeypatch):
     """Before the server does."""
     monkeypatch.setattr(ranges, "IDLE_SECONDS", 0.1)
+    before = set(threading.enumerate())  # other tests' threads may be left
     yield
     names = {"ranges", "whole shards", "read-ahead"}
-    for thread in [thread for thread in threading.enumerate() if thread.name in names]:
+    for thread in [
+        thread for thread in threading.enumerate() if thread.name in names and thread not in before
+    ]:
         thread.join(30)
 
 
@@ -75,6 +79,7 @@ def held(monkeypatch, fetches_end):
         return open_shard(shard, *arguments, **options)
 
     monkeypatch.setattr(reader, "open_shard", hold)
+    monkeypatch.setattr(reader, "RANGED_SHARE", 16)  # of so small shards more rows than else may come by ranges
     yield waiting
     waiting.clear()
 
@@ -199,6 +204,60 @@ def test_a_shard_replaced_meanwhile_is_noticed(s3, bucket, there, tmp_path, held
         else "is not the one in it: .* replaced meanwhile"
     )
     assert re.match(rf"shard s3://bucket/shard_0000000\d\.tar: .*{expected}", str(error))
+
+
+def replace_shard(there, bucket, number: int) -> None:
+    """By another one of the same form; the manifest stays."""
+    path = there / f"shard_{number:08d}.tar"
+    content = bytearray(path.read_bytes())
+    content[512:514] = bytes(2)  # of the first sequence
+    path.write_bytes(content)
+    bucket(there)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_that_ends_before_the_shards_have_come_is_sure_of_them(s3, bucket, there, tmp_path, workers):
+    replace_shard(there, bucket, 3)
+    cache = make_cache(tmp_path)
+    data = make_data(MANIFEST, cache)
+    data.config = replace(data.config, workers=workers)
+    with pytest.raises(OSError, match=r"shard_00000003\.tar: its sha256 is .*, the manifest says"):
+        list(data.batches(0, 2))
+    few = 3 * SEQUENCES + 8
+    held_out = ValData(MANIFEST, "auto", LENGTH - 1, VOCAB, few * (LENGTH - 1), cache=cache)
+    with pytest.raises(OSError, match=r"shard_00000003\.tar: its sha256 is .*, the manifest says"):
+        list(held_out.batches(BATCH, 0, 1))
+
+
+def test_readers_that_were_closed_are_made_sure_of_too(s3, bucket, there, tmp_path, held):
+    replace_shard(there, bucket, 3)
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    data.reader.open_shards.limit = 2
+    for shard in (3, 4, 5, 6):
+        data.reader.read([(0, shard, 0)])
+    assert not any("shard_00000003" in url for url in data.reader.open_shards.readers)
+    held.clear()
+    with pytest.raises(OSError, match=r"shard_00000003\.tar: its sha256 is .*, the manifest says"):
+        data.reader.settle()
+
+
+def test_a_fetch_that_failed_in_the_background_is_tried_again(s3, there, tmp_path, monkeypatch, caplog):
+    open_shard, failures = reader.open_shard, []
+
+    def fail_once(shard, *arguments, **options):
+        if shard.url.endswith("2.tar") and not failures:
+            failures.append(shard)
+            raise OSError("an outage that is over")
+        return open_shard(shard, *arguments, **options)
+
+    monkeypatch.setattr(reader, "open_shard", fail_once)
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    rows = read(data, range(6))
+    data.reader.settle()
+    for one, local in zip(rows, read(make_data(there / "manifest.jsonl", None), range(6)), strict=True):
+        np.testing.assert_array_equal(one.tokens_BL, local.tokens_BL)
+    assert failures
+    assert "an outage that is over; fetched once more" in caplog.text
 
 
 def test_a_range_that_is_no_row_is_left_to_the_whole_shard(s3, bucket, there, tmp_path):

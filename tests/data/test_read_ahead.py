@@ -78,6 +78,9 @@ def test_what_an_item_needs_comes_from_the_cache(shards, tmp_path):
         def shards(self, number: int) -> list[Shard]:
             return [listed[number // 10]]
 
+        def settle(self) -> None:
+            pass
+
     before = running()
     items = ReadAhead(Items(), range(0, 40, 2), Cache(tmp_path / "cache"))
     assert not set(running()) - set(before)  # nothing begins in the process that only forks

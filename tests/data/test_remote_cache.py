@@ -11,6 +11,8 @@ import pytest
 
 from open_lm.data import cache as cache_module
 from open_lm.data import remote
+from open_lm.data.loader import warn_of_small_cache
+from open_lm.data.manifest import Shard, Source
 from open_lm.data.remote import Cache, Patience, open_file
 
 FORK = multiprocessing.get_context("fork")
@@ -156,3 +158,14 @@ def test_the_flags_describe_the_cache(tmp_path):
     assert (cache.folder, cache.limit_bytes) == (Path(tmp_path), 2**29)
     assert (cache.patience.retries, cache.patience.timeout_seconds) == (2, 3)
     assert cache_module.find_cache(DataConfig()).folder == cache_module.default_folder()
+
+
+def test_a_cache_smaller_than_what_is_read_at_a_time_is_said(caplog):
+    shards = tuple(Shard(f"s3://bucket/{n}.tar", 10, bytes=2**20) for n in range(100))
+    local = tuple(Shard(f"/data/{n}.tar", 10, bytes=2**30) for n in range(100))
+    sources = [Source("a", shards, ""), Source("b", local, "")]
+    warn_of_small_cache(sources, Cache(limit_bytes=64 * 2**20))
+    warn_of_small_cache(sources, Cache(limit_bytes=0))
+    assert not caplog.records
+    warn_of_small_cache(sources, Cache(limit_bytes=63 * 2**20))
+    assert "up to 0.0625 GiB of remote shards are read at a time (64 of a source)" in caplog.text

@@ -5,6 +5,7 @@ python -m tests.faults [--only 4,16] [--quick] [--output FILE.json]
 
 import argparse
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from open_lm.log import commit
 from tests.faults import checkpoints, data, numbers, processes
 from tests.faults.runs import FAULTS
 
@@ -46,8 +48,8 @@ def main() -> int:
                 traceback.print_exc()
         seconds = time.monotonic() - started
         results.append(
-            {"number": number, "fault": one.text, "expected": one.expected, "seen": seen, "seconds": seconds,
-             "passed": passed}
+            {"number": number, "fault": one.text, "expected": one.expected,
+             "seen": seen.replace(str(folder), "…"), "seconds": round(seconds, 1), "passed": passed}
         )  # fmt: skip
         console.print(
             f"{number:2} {'PASS' if passed else 'FAIL'} {seconds:6.1f} s  {one.text}: {seen}", markup=False
@@ -67,7 +69,8 @@ def main() -> int:
     passed = sum(r["passed"] for r in results)
     console.print(f"{passed} of {len(results)}")
     if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=1))
+        record = {"commit": commit(), "cores": os.cpu_count(), "faults": results}
+        Path(options.output).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return 0 if passed == len(results) else 1
 
 

@@ -106,9 +106,25 @@ def hang(folder: Path, quick: bool) -> str:
     for rank in (0, 1):
         assert f"[rank {rank}] in step 2" in text
     first = report.splitlines()[0]
-    return (
+    seen = (
         f"exit statuses {codes} {seconds:.0f} s after the start; “{first}” with injected_sleep in the stack"
     )
+    return seen if quick else f"{seen}; {frozen(folder / 'frozen')}"
+
+
+def frozen(folder: Path) -> str:
+    """Rank 0, by whose store the others would learn of it, does nothing at all any more."""
+    ranks = Ranks(folder, f"{LONG} --hang-timeout 3", ranks=2, faults="slow:0.05")
+    ranks.until_step(5)
+    started = time.monotonic()
+    ranks.signal(0, signal.SIGSTOP)
+    try:
+        code = ranks.processes[1].wait(60)
+    finally:
+        ranks.kill()
+    assert code == 1, code
+    assert "rank 0 hangs: the store that it holds does not answer" in ranks.text(), ranks.text()[-3000:]
+    return f"rank 0 frozen: rank 1 names it and ends with 1 after {time.monotonic() - started:.0f} s"
 
 
 @fault(17, "a rank raises", "its peer ends within 30 s; the first traceback is the last that is shown")

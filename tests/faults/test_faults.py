@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import checkpoints, data, numbers, processes
-from tests.faults.runs import FAULTS, ROOT
+from tests.faults.runs import FAULTS, ROOT, SYNTHETIC, Ranks, newest_epoch, run, steps
 
 GROUPS = (checkpoints, data, numbers, processes)
 QUICK = (14, 15, 16, 17, 18, 20, 21, 22, 23, 25, 27)
@@ -24,6 +24,20 @@ def test_fault(number: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_starts_a_dead_rank_again(tmp_path: Path) -> None:
     assert processes.restart(tmp_path, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_torchrun_does_not_get_through_what_is_refused(ranks: int, tmp_path: Path) -> None:
+    """Each of its attempts is refused, also the second, although a run is there that it could go on with."""
+    flags = f"{SYNTHETIC} {steps(3, 9)}"
+    run(tmp_path, f"{flags} --max-steps 3")
+    missing = tmp_path / "run/checkpoints/epoch_7.pt"
+    for more, message in (("", "already holds a run"), (f"--resume {missing}", "no such file")):
+        refused = Ranks(tmp_path, f"{flags} {more}", ranks=ranks, torchrun="--max-restarts 1")
+        assert refused.wait() == [1]
+        assert refused.text().count(message) == 2, refused.text()[-3000:]
+    assert newest_epoch(tmp_path).name == "epoch_1.pt"
 
 
 def test_every_fault_is_in_the_table() -> None:

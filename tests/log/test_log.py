@@ -8,7 +8,7 @@ import pytest
 
 from open_lm.config.check import check
 from open_lm.config.parse import parse
-from open_lm.log import Log
+from open_lm.log import Log, OutLog
 from open_lm.main import main
 from open_lm.parallel.refusal import refusing
 
@@ -80,3 +80,13 @@ def test_what_is_refused_while_the_log_is_open_is_in_it(tmp_path, monkeypatch) -
         main(shlex.split(f"{RUN} --logs {tmp_path} --name run"))
     assert "the run ends by an error: this file is damaged" in (tmp_path / "run/out.log").read_text()
     assert '{"failed": "this file is damaged"' in (tmp_path / "run/log.jsonl").read_text()
+
+
+def test_a_full_disk_costs_lines_of_out_log_and_nothing_else(capsys) -> None:
+    handler = OutLog("/dev/full")
+    for number in range(3):
+        handler.handle(logging.LogRecord("open_lm", logging.INFO, __file__, 1, "line %d", (number,), None))
+    handler.close()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith("/dev/full misses lines from here on: [Errno 28] No space left on device")

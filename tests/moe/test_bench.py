@@ -38,3 +38,30 @@ def test_unknown_shape():
     result = subprocess.run([sys.executable, SCRIPT, "42m"], capture_output=True, text=True)
     assert result.returncode == 2
     assert "no shape '42m'" in result.stderr
+
+
+def test_steps(tmp_path):
+    record = tmp_path / "steps.jsonl"
+    command = [
+        sys.executable,
+        SCRIPT,
+        "steps",
+        "--models",
+        "test_tiny",
+        "--experts",
+        "1",
+        "4",
+        "--steps",
+        "6",
+    ]
+    printed = subprocess.run(
+        [*command, "--batch-size", "2", "--record", record], check=True, capture_output=True, text=True
+    ).stdout
+    dense, moe = (json.loads(line) for line in record.read_text().splitlines())
+    assert printed.count("test_tiny") == 2
+    assert (dense["experts"], moe["experts"]) == (1, 4)
+    assert dense["parameters"] == dense["active_parameters"]
+    assert moe["parameters"] > moe["active_parameters"]
+    for row in (dense, moe):  # 2 sequences of 16 tokens a step
+        assert math.isclose(row["tokens_per_second"], 32 / row["step_seconds"], rel_tol=0.5)
+        assert row["data_seconds"] >= 0

@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from open_lm import checkpoint, loss, optim
+from open_lm.checkpoint import tensors
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
@@ -252,8 +253,10 @@ def test_loss_equals_torch():
     torch.testing.assert_close(gradient.double(), exact_gradient, rtol=2**-7, atol=1e-7)
 
 
-def test_a_gpu_copies_beside_its_work_and_saves_what_was(tmp_path) -> None:
-    """Updates follow at once; without `before_update` they would overwrite what is being copied."""
+@pytest.mark.parametrize("room", [True, False])
+def test_a_gpu_copies_beside_its_work_and_saves_what_was(room, tmp_path, monkeypatch) -> None:
+    """Updates follow at once; without a snapshot or `before_update` they would overwrite what is copied."""
+    monkeypatch.setattr(tensors, "has_room", lambda device, size: room)
     config = replace(CONFIG, dim=1024, n_heads=8, n_layers=8)
     alone = mesh.World(0, 0, 1, torch.device("cuda"), None)
     model = plan.parallelize(config, world=alone, distributed=PLAIN, precision="fp32", seed=1)

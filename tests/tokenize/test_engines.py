@@ -52,6 +52,29 @@ def test_sigkill_at_random_moments(whole, tmp_path, tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_worker_outlives_the_command(whole, tmp_path, tokenizer, number):
+    """It would go on writing into folders that another run may own by then."""
+    inputs = whole[0]
+    process = subprocess.Popen(
+        command(inputs, tmp_path / "out", tokenizer), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "work").glob("unit_*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [n for n in children if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
+    assert len(workers) == 2
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + 5
+    while any(Path(f"/proc/{number}").exists() for number in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
 def test_ray_gives_the_same_bytes(whole, tmp_path, tokenizer):
     pytest.importorskip("ray")
     inputs, expected, _ = whole

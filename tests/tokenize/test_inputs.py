@@ -52,3 +52,31 @@ def test_what_gives_no_file_is_named(folder, entry, error, said, monkeypatch):
     with pytest.raises(error, match=r"--inputs ") as raised:
         list_files(entry, 0, Patience())
     assert said in str(raised.value)
+
+
+def test_what_a_folder_holds_beside_documents_is_said(tmp_path):
+    for name in (
+        "a.jsonl",
+        "b/c.txt",
+        "b/notes.md",
+        "info.json",
+        "d.json.zst",
+        "e.json.gz",
+        ".hidden.jsonl",
+        "other/e.jsonl",
+    ):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("x")
+    (tmp_path / "in/b/linked").symlink_to(tmp_path / "in/other")  # read once
+    (tmp_path / "in/b/up").symlink_to(tmp_path / "in")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/f.jsonl").write_text("x")
+    (tmp_path / "in/g").symlink_to(tmp_path / "elsewhere")
+    passed: list[str] = []
+    files = list_files(str(tmp_path / "in"), 0, Patience(), passed=passed)
+    names = [file.url.removeprefix(f"{tmp_path}/in/") for file in files]
+    assert names == ["a.jsonl", "b/c.txt", "b/linked/e.jsonl", "d.json.zst", "e.json.gz", "g/f.jsonl"]
+    assert [name.removeprefix(f"{tmp_path}/in/") for name in passed] == [
+        "b/notes.md",
+        "info.json",
+    ]
