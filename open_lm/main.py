@@ -139,7 +139,7 @@ def execute(job: Job) -> None:
         else:
             train_all(job, job.schedule, model, log, sync, written)
     except StopAsked:
-        goes_on = "the same command with --resume latest goes on" if job.schedule else "the evaluation was given up"
+        goes_on = "the same command with --resume latest goes on" if job.schedule else "it is given up"
         logger.info("stopped by %s; %s", world.watch.why(), goes_on)
     except SystemExit as end:  # `refusing` has said why
         if end.__cause__ is not None:
