@@ -139,7 +139,8 @@ def execute(job: Job) -> None:
         else:
             train_all(job, job.schedule, model, log, sync, written)
     except StopAsked:
-        logger.info("stopped by %s; the same command with --resume latest goes on", world.watch.why())
+        goes_on = "the same command with --resume latest goes on" if job.schedule else "it is given up"
+        logger.info("stopped by %s; %s", world.watch.why(), goes_on)
     except SystemExit as end:  # `refusing` has said why
         if end.__cause__ is not None:
             log.failure(str(end.__cause__))

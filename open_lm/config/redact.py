@@ -24,6 +24,7 @@ FLAG = rf"(?<!\S)--?[\w-]*(?:{NAMES}|token(?!s|iz|-id))[\w-]*"
 PATTERNS = [
     (re.compile(r"(\w+://)[^/\s'\"@:]+:(?!\d+/)[^\s'\"@]*/[^\s'\"@]*@"), r"\1"),  # a password with a slash
     (re.compile(r"(\w+://)[^/\s'\"]+@"), r"\1"),
+    (re.compile(r"(?<![\w:])(//)[^/\s'\"@:]+:[^/\s'\"]+@"), r"\1"),  # without a scheme
     (re.compile(r"(\w+://[^\s'\"?]+)\?[^\s'\")]+"), rf"\1?{HIDDEN}"),
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)(bearer|basic|aws4\S*)?\s*[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"(?i)\b(bearer\s+)(?=\S*[\d._~+/=])[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),

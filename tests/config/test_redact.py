@@ -17,6 +17,7 @@ SECRET = [
     "a.blob.core.windows.net/x?sv=1&sig=hunter2%3D", "github_" + "pat_11ABCDEFG0hunter2hunter2hunter2",
     "xox" + "b-123456789012-hunter2hunter2", "AI" + "zaSyhunter2hunter2hunter2hunter2hunter2",
     "passphrase: hunter2", "https://hooks.slack.com/services/T0/B0/hunter2",
+    "at //me:hunter2@store.example/x",
     "{'Authorization': 'Bearer hunter2'}", "sent Bearer abc.hunter2/x to it",
     "s3://KEY:hunt/hunter2@bucket/a", "https://me:p@hunter2@store.example/x", "https://me@x.org:hunter2@store/x",
 ]  # fmt: skip

@@ -79,7 +79,9 @@ def held(monkeypatch, fetches_end):
         return open_shard(shard, *arguments, **options)
 
     monkeypatch.setattr(reader, "open_shard", hold)
-    monkeypatch.setattr(reader, "RANGED_SHARE", 16)  # of so small shards more rows than else may come by ranges
+    monkeypatch.setattr(
+        reader, "RANGED_SHARE", 16
+    )  # of so small shards more rows than else may come by ranges
     yield waiting
     waiting.clear()
 
