@@ -33,12 +33,11 @@ PIECE = gl.constexpr(64)
 
 @gluon.jit
 def _produce(
-    a, token_ptr, w, h, tile_ptr, M, R, a_ring, w_ring, h_ring, full, empty, h_full, h_empty,
+    a, token_ptr, w, tile_ptr, M, R, a_ring, w_ring, full, empty,
     D: gl.constexpr, F: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
     STAGES: gl.constexpr, GROUP: gl.constexpr, TRANSPOSED: gl.constexpr, GATHER: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
 ):  # fmt: skip
-    """Fills the rings: a's rows and the expert's weight, and, with a descriptor h, what the epilogue needs."""
+    """Fills the ring with a's rows and the expert's weight."""
     NT: gl.constexpr = F // BN
     tiles_m = gl.load(tile_ptr + 3 * M)
     total = gl.load(tile_ptr + 3 * M + 1)
@@ -46,7 +45,6 @@ def _produce(
     lag: gl.constexpr = 2  # gathered copies that are under way
     w_bytes: gl.constexpr = BK * BN * 2
     filled = 0
-    h_filled = 0
     for tile in range(gl.program_id(0), tiles, step):
         e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
         if GATHER:
@@ -74,36 +72,51 @@ def _produce(
                 fence_async_shared()
                 mbarrier.arrive(full.index((filled + STAGES - lag) % STAGES), pred=filled >= lag)
             filled += 1
-        if h is not None:
-            # behind the product's operands, which are needed before it
-            H: gl.constexpr = h_ring.shape[0] // 2  # per consumer
-            pieces: gl.constexpr = BN // PIECE
-            rows: gl.constexpr = h_ring.shape[1]
-            for piece in gl.static_range(pieces):
-                if TAKE_TURNS:
-                    turn = h_filled // pieces % 2
-                    mine = h_filled // (2 * pieces) * pieces + piece
-                    at = turn * H + mine % H
-                    mbarrier.wait(h_empty.index(at), (mine // H & 1) ^ 1)
-                    mbarrier.expect(h_full.index(at), rows * PIECE * 2)
-                    tma.async_copy_global_to_shared(
-                        h, [row0, nt * BN + piece * PIECE], h_full.index(at), h_ring.index(at)
-                    )
-                else:
-                    for consumer in gl.static_range(2):
-                        at = consumer * H + (h_filled + piece) % H
-                        mbarrier.wait(h_empty.index(at), ((h_filled + piece) // H & 1) ^ 1)
-                        mbarrier.expect(h_full.index(at), rows * PIECE * 2)
-                        tma.async_copy_global_to_shared(
-                            h, [row0 + consumer * rows, nt * BN + piece * PIECE], h_full.index(at),
-                            h_ring.index(at),
-                        )  # fmt: skip
-            h_filled += pieces
     if GATHER:
         async_copy.wait_group(0)
         fence_async_shared()
         for i in gl.static_range(lag):
             mbarrier.arrive(full.index((filled + STAGES - lag + i) % STAGES), pred=filled >= lag)
+
+
+@gluon.jit
+def _fetch(
+    h, tile_ptr, M, R, ring_0, ready_0, free_0, ring_1, ready_1, free_1,
+    F: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    """Fills the consumers' rings with pieces of h."""
+    NT: gl.constexpr = F // BN
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    tiles_m = gl.load(tile_ptr + 3 * M)
+    step, tiles = gl.num_programs(0), tiles_m * NT
+    filled = 0
+    if TAKE_TURNS:
+        step *= 2
+    for tile in range(gl.program_id(0), tiles, step):
+        _, row0, _, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        if TAKE_TURNS:
+            other = tile + gl.num_programs(0)
+            _, row1, _, nt1 = _tile(tile_ptr, other, tiles, tiles_m, M, R, NT, GROUP)
+            for piece in gl.static_range(BN // PIECE):
+                _fetch_piece(h, row0, nt * BN + piece * PIECE, ring_0, ready_0, free_0, filled + piece, PIECES)
+            if other < tiles:
+                for piece in gl.static_range(BN // PIECE):
+                    _fetch_piece(h, row1, nt1 * BN + piece * PIECE, ring_1, ready_1, free_1, filled + piece, PIECES)
+        else:
+            for piece in gl.static_range(BN // PIECE):
+                n0 = nt * BN + piece * PIECE
+                _fetch_piece(h, row0, n0, ring_0, ready_0, free_0, filled + piece, PIECES)
+                _fetch_piece(h, row0 + ROWS, n0, ring_1, ready_1, free_1, filled + piece, PIECES)
+        filled += BN // PIECE
+
+
+@gluon.jit
+def _fetch_piece(h, row0, n0, ring, ready, free, i, PIECES: gl.constexpr):
+    slot = i % PIECES
+    mbarrier.wait(free.index(slot), (i // PIECES & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), ring.shape[1] * PIECE * 2)
+    tma.async_copy_global_to_shared(h, [row0, n0], ready.index(slot), ring.index(slot))
 
 
 @gluon.jit
@@ -269,10 +282,151 @@ def up_kernel(
             ),
             (
                 _produce,
-                (x, token_ptr, w, None, tile_ptr, M, R, a_ring, w_ring, out, full, empty, full, empty, D, F, BM,
-                 BN, BK, STAGES, GROUP, False, GATHER, TAKE_TURNS),
+                (x, token_ptr, w, tile_ptr, M, R, a_ring, w_ring, full, empty, D, F, BM, BN, BK, STAGES, GROUP, False,
+                 GATHER),
             ),
         ],
         [4, 4 if GATHER else 1],
         [REGISTERS, 40 if GATHER else 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _through_slope(
+    p, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N: gl.constexpr,
+    PIECES: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    """Stores dh, PIECE columns at a time, each in the place of h's piece in the ring; (part + sum_f p_f a_f, taken)."""
+    if p.shape[1] > PIECE:
+        left, right = _halves(p)
+        part, taken = _through_slope(
+            left, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N, PIECES, F, KIND
+        )
+        part, taken = _through_slope(
+            right, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end,
+            n0 + p.shape[1] // 2, N, PIECES, F, KIND,
+        )  # fmt: skip
+    else:
+        layout: gl.constexpr = p.type.layout
+        slot = taken % PIECES
+        mbarrier.wait(ready.index(slot), taken // PIECES & 1)
+        h = ring.index(slot).load(layout)
+        a, slope = activate_and_slope(h.to(gl.float32), KIND, True)
+        part += gl.convert_layout(gl.sum(p * a, 1), part.type.layout, assert_trivial=True)
+        scaled = gl.convert_layout(weight, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+        value = (p * slope * scaled).to(h.dtype)
+        if whole:
+            ring.index(slot).store(value)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dh, [row0, n0], ring.index(slot))
+            # all but this one have left the ring
+            tma.store_wait(1)
+        else:
+            row = row0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, layout))
+            value = gl.where((row < last)[:, None], value, 0.0)
+            tma.store_wait(0)
+            _store_rows(dh_ptr, value, row0, end, n0, F)
+        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken % (N // PIECE) > 0)
+        taken += 1
+    return part, taken
+
+
+@gluon.jit
+def _consume_up_backward(
+    dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, a_ring, w_ring, full, empty, ring, ready, free,
+    CONSUMER: gl.constexpr, D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    NT: gl.constexpr = F // BN
+    K_TILES: gl.constexpr = D // BK
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    tiles_m = gl.load(tile_ptr + 3 * M)
+    total = gl.load(tile_ptr + 3 * M + 1)
+    step, tiles = gl.num_programs(0), tiles_m * NT
+    first = gl.program_id(0)
+    used = 0
+    taken = 0
+    if TAKE_TURNS:
+        first += CONSUMER * step
+        used = CONSUMER * K_TILES
+        step *= 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    for tile in range(first, tiles, step):
+        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        if not TAKE_TURNS:
+            row0 += CONSUMER * ROWS
+        last = gl.minimum(end, total)
+        row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        weight = gl.load(weight_ptr + row, mask=row < last, other=0.0)
+        p, used = _product(a_ring, w_ring, full, empty, used, CONSUMER, ROWS, BM, BN, K_TILES, STAGES, True)
+        if TAKE_TURNS:
+            used += K_TILES  # the other's
+        part = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+        part, taken = _through_slope(
+            p, weight, dh, dh_ptr, part, ring, ready, free, taken, row0 + ROWS <= last, row0, last, end, nt * BN, BN,
+            PIECES, F, KIND,
+        )  # fmt: skip
+        part = gl.where(row < last, part, 0.0)
+        gl.store(partial_ptr + nt.to(gl.int64) * R + row, part, mask=row < end)
+        tma.store_wait(0)
+        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES))
+
+
+@gluon.jit(do_not_specialize=["M", "R"])
+def up_backward_kernel(
+    g, w2, h, dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R,
+    D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """With p = g w2ᵀ: dh_RF = weight * p * the activation's slope at h, partial (F / BN, R) of sum_f p_f a_f.
+
+    Descriptors: g (R, D), rows that are gathered; w2 of (E F, D); h and dh (R, F), which may be one memory.
+    """
+    low: gl.constexpr = w2.dtype
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    g_ring = gl.allocate_shared_memory(low, [STAGES, BM, BK], g.layout)
+    w_ring = gl.allocate_shared_memory(low, [STAGES, BN, BK], w2.layout)
+    ring_0 = gl.allocate_shared_memory(low, [PIECES, ROWS, PIECE], h.layout)
+    ring_1 = gl.allocate_shared_memory(low, [PIECES, ROWS, PIECE], h.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready_0 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    ready_1 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    free_0 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    free_1 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1 if TAKE_TURNS else 2)
+    for i in gl.static_range(PIECES):
+        mbarrier.init(ready_0.index(i), count=1)
+        mbarrier.init(ready_1.index(i), count=1)
+        mbarrier.init(free_0.index(i), count=1)
+        mbarrier.init(free_1.index(i), count=1)
+    gl.warp_specialize(
+        [
+            (
+                _consume_up_backward,
+                (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, ring_0, ready_0,
+                 free_0, 0, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+            ),
+            (
+                _consume_up_backward,
+                (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, ring_1, ready_1,
+                 free_1, 1, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+            ),
+            (
+                _produce,
+                (g, None, w2, tile_ptr, M, R, g_ring, w_ring, full, empty, D, F, BM, BN, BK, STAGES, GROUP, True,
+                 False),
+            ),
+            (
+                _fetch,
+                (h, tile_ptr, M, R, ring_0, ready_0, free_0, ring_1, ready_1, free_1, F, BM, BN, PIECES, GROUP,
+                 TAKE_TURNS),
+            ),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
     )  # fmt: skip
