@@ -19,6 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from open_lm.moe.backends.triton import specialized
 from open_lm.moe.backends.triton.combine import combine_kernel, gather_kernel
 from open_lm.moe.backends.triton.rows import rows_kernel, up_backward_kernel, up_kernel
 from open_lm.moe.backends.triton.table import Tile, block_rows, choose, hopper, interpreted
@@ -67,6 +68,8 @@ def _meta(tile: Tile) -> dict[str, int]:
 
 def gathers(h: Tensor, D: int, gated: bool) -> bool:
     """Whether `up_backward` takes rows that are gathered already."""
+    if not gated and specialized.tile_of("up_backward", h.device, h.dtype, D, h.shape[1]) is not None:
+        return True
     tile = choose("up_backward_gated" if gated else "up_backward", h.device, h.dtype, D, h.shape[1])
     return tile is not None and tile.gathered and tma(h.device)
 
@@ -75,7 +78,9 @@ def gathers(h: Tensor, D: int, gated: bool) -> bool:
 def plan(device: torch.device, dtype: torch.dtype, D: int, width: int, gated: bool) -> tuple[bool, bool]:
     """(whether forward saves weight * activation, whether backward's dh takes the memory of h)."""
     tile = choose("up_backward_gated" if gated else "up_backward", device, dtype, D, width)
-    return tile is not None and tile.saves_activation, tile is not None and tile.in_place
+    # the specialised kernel stores dh alone
+    saves = not gated and specialized.tile_of("up_backward", device, dtype, D, width) is not None
+    return saves or (tile is not None and tile.saves_activation), tile is not None and tile.in_place
 
 
 def schedule(end_E: Tensor, rows: int, block: int) -> Tensor:
@@ -96,6 +101,11 @@ def up(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(h_RF and, if gated, u_RF, if `save`; a_RF, if `activate`, times weight_R): see `rows.up_kernel`."""
     R, (_, D, width) = token_R.numel(), w.shape
+    if tile is None and v is None and b is None and c is None and scale_R is None:
+        special = specialized.tile_of("up", x_TD.device, x_TD.dtype, D, width)
+        if special is not None:
+            h, a = specialized.up(x_TD, token_R, w, table, kind, save, activate, weight_R, special)
+            return h, None, a
     name = "up" if v is None else "up_gated"
     tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
     assert tile is not None
@@ -121,6 +131,11 @@ def up_backward(
     `rows.up_backward_kernel`. `in_place`: dh and du are h and u.
     """
     R, (_, width, D) = token_R.numel(), w2.shape
+    if tile is None and u is None and b2 is None and g_RD is not None and not activate:
+        special = specialized.tile_of("up_backward", g_TD.device, g_TD.dtype, D, width)
+        if special is not None:
+            dh, dweight_R = specialized.up_backward(g_RD, w2, weight_R, h, table, kind, in_place, special)
+            return dh, None, None, dweight_R
     name = "up_backward" if u is None else "up_backward_gated"
     tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
     assert tile is not None

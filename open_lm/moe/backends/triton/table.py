@@ -48,6 +48,9 @@ class Tile(NamedTuple):
     """up_backward: whether forward saves weight * activation for dw2, which it else computes again and stores."""
     in_place: bool = False
     """up_backward: whether gradients take the memory of the pre-activations that were saved."""
+    take_turns: bool = False
+    """up_specialized, up_backward_specialized: whether each of the two consumers has every second tile, not half of
+    each."""
 
 
 SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32, chunks=3)  # the interpreter's

@@ -1,0 +1,197 @@
+"""up_backward in Gluon: as `gluon_rows`, with a warp more, which fetches h's tiles long before they are needed.
+
+Shapes: D model width, E experts, F expert width, R rows, M tiles of rows.
+"""
+
+# Kernels are in Gluon's language, which only looks like Python.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
+# pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from open_lm.moe.backends.triton.activations import activate_and_slope
+from open_lm.moe.backends.triton.gluon_rows import PIECE, halves, init, produce, product, store_rows
+from open_lm.moe.backends.triton.rows import _tile
+
+
+@gluon.jit
+def _fetch(
+    h, tile_ptr, M, R, ring_0, ready_0, free_0, ring_1, ready_1, free_1,
+    F: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    """Fills the consumers' rings with pieces of h."""
+    NT: gl.constexpr = F // BN
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    tiles_m = gl.load(tile_ptr + 3 * M)
+    step, tiles = gl.num_programs(0), tiles_m * NT
+    filled = 0
+    if TAKE_TURNS:
+        step *= 2
+    for tile in range(gl.program_id(0), tiles, step):
+        _, row0, _, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        if TAKE_TURNS:
+            other = tile + gl.num_programs(0)
+            _, row1, _, nt1 = _tile(tile_ptr, other, tiles, tiles_m, M, R, NT, GROUP)
+            for piece in gl.static_range(BN // PIECE):
+                _fetch_piece(h, row0, nt * BN + piece * PIECE, ring_0, ready_0, free_0, filled + piece, PIECES)
+            if other < tiles:
+                for piece in gl.static_range(BN // PIECE):
+                    _fetch_piece(h, row1, nt1 * BN + piece * PIECE, ring_1, ready_1, free_1, filled + piece, PIECES)
+        else:
+            for piece in gl.static_range(BN // PIECE):
+                n0 = nt * BN + piece * PIECE
+                _fetch_piece(h, row0, n0, ring_0, ready_0, free_0, filled + piece, PIECES)
+                _fetch_piece(h, row0 + ROWS, n0, ring_1, ready_1, free_1, filled + piece, PIECES)
+        filled += BN // PIECE
+
+
+@gluon.jit
+def _fetch_piece(h, row0, n0, ring, ready, free, i, PIECES: gl.constexpr):
+    slot = i % PIECES
+    mbarrier.wait(free.index(slot), (i // PIECES & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), ring.shape[1] * PIECE * 2)
+    tma.async_copy_global_to_shared(h, [row0, n0], ready.index(slot), ring.index(slot))
+
+
+@gluon.jit
+def _through_slope(
+    p, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N: gl.constexpr,
+    PIECES: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr,
+):  # fmt: skip
+    """Stores dh, PIECE columns at a time, each in the place of h's piece in the ring; (part + sum_f p_f a_f, taken)."""
+    if p.shape[1] > PIECE:
+        left, right = halves(p)
+        part, taken = _through_slope(
+            left, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N, PIECES, F, KIND
+        )
+        part, taken = _through_slope(
+            right, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end,
+            n0 + p.shape[1] // 2, N, PIECES, F, KIND,
+        )  # fmt: skip
+    else:
+        layout: gl.constexpr = p.type.layout
+        slot = taken % PIECES
+        mbarrier.wait(ready.index(slot), taken // PIECES & 1)
+        h = ring.index(slot).load(layout)
+        a, slope = activate_and_slope(h.to(gl.float32), KIND, True)
+        part += gl.convert_layout(gl.sum(p * a, 1), part.type.layout, assert_trivial=True)
+        scaled = gl.convert_layout(weight, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+        value = (p * slope * scaled).to(h.dtype)
+        if whole:
+            ring.index(slot).store(value)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(dh, [row0, n0], ring.index(slot))
+            # all but this one have left the ring
+            tma.store_wait(1)
+        else:
+            row = row0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, layout))
+            value = gl.where((row < last)[:, None], value, 0.0)
+            tma.store_wait(0)
+            store_rows(dh_ptr, value, row0, end, n0, F)
+        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken % (N // PIECE) > 0)
+        taken += 1
+    return part, taken
+
+
+@gluon.jit
+def _consume(
+    dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, a_ring, w_ring, full, empty, turn, ring, ready, free,
+    CONSUMER: gl.constexpr, D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr,
+    TAKE_TURNS: gl.constexpr,
+):  # fmt: skip
+    NT: gl.constexpr = F // BN
+    K_TILES: gl.constexpr = D // BK
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    tiles_m = gl.load(tile_ptr + 3 * M)
+    total = gl.load(tile_ptr + 3 * M + 1)
+    step, tiles = gl.num_programs(0), tiles_m * NT
+    first = gl.program_id(0)
+    used = 0
+    taken = 0
+    if TAKE_TURNS:
+        first += CONSUMER * step
+        used = CONSUMER * K_TILES
+        step *= 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    for tile in range(first, tiles, step):
+        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        if not TAKE_TURNS:
+            row0 += CONSUMER * ROWS
+        last = gl.minimum(end, total)
+        row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+        weight = gl.load(weight_ptr + row, mask=row < last, other=0.0)
+        p, used = product(
+            a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K_TILES, STAGES, True, False, TAKE_TURNS
+        )
+        part = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+        part, taken = _through_slope(
+            p, weight, dh, dh_ptr, part, ring, ready, free, taken, row0 + ROWS <= last, row0, last, end, nt * BN, BN,
+            PIECES, F, KIND,
+        )  # fmt: skip
+        part = gl.where(row < last, part, 0.0)
+        gl.store(partial_ptr + nt.to(gl.int64) * R + row, part, mask=row < end)
+        tma.store_wait(0)
+        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES))
+
+
+@gluon.jit(do_not_specialize=["M", "R"])
+def up_backward_kernel(
+    g, w2, h, dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R,
+    D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """With p = g w2ᵀ: dh_RF = weight * p * the activation's slope at h, partial (F / BN, R) of sum_f p_f a_f.
+
+    Descriptors: g (R, D), rows that are gathered; w2 of (E F, D); h and dh (R, F), which may be one memory.
+    """
+    low: gl.constexpr = w2.dtype
+    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    g_ring = gl.allocate_shared_memory(low, [STAGES, BM, BK], g.layout)
+    w_ring = gl.allocate_shared_memory(low, [STAGES, BN, BK], w2.layout)
+    ring_0 = gl.allocate_shared_memory(low, [PIECES, ROWS, PIECE], h.layout)
+    ring_1 = gl.allocate_shared_memory(low, [PIECES, ROWS, PIECE], h.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready_0 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    ready_1 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    free_0 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    free_1 = gl.allocate_shared_memory(gl.int64, [PIECES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    init(full, STAGES, 1)
+    init(empty, STAGES, 1 if TAKE_TURNS else 2)
+    init(turn, 2, 1)
+    init(ready_0, PIECES, 1)
+    init(ready_1, PIECES, 1)
+    init(free_0, PIECES, 1)
+    init(free_1, PIECES, 1)
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, turn, ring_0,
+                 ready_0, free_0, 0, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+            ),
+            (
+                _consume,
+                (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, turn, ring_1,
+                 ready_1, free_1, 1, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+            ),
+            (
+                produce,
+                (g, None, w2, tile_ptr, M, R, g_ring, w_ring, full, empty, D, F, BM, BN, BK, STAGES, GROUP, True,
+                 False),
+            ),
+            (
+                _fetch,
+                (h, tile_ptr, M, R, ring_0, ready_0, free_0, ring_1, ready_1, free_1, F, BM, BN, PIECES, GROUP,
+                 TAKE_TURNS),
+            ),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
+    )  # fmt: skip
