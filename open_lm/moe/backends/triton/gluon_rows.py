@@ -38,6 +38,12 @@ def init(barriers, N: gl.constexpr, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def _tokens(token_ptr, row0, end, total, BM: gl.constexpr, layout: gl.constexpr):
+    row = row0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
+    return gl.load(token_ptr + row, mask=row < gl.minimum(end, total), other=0)
+
+
+@gluon.jit
 def produce(
     a, token_ptr, w, tile_ptr, M, R, a_ring, w_ring, full, empty,
     D: gl.constexpr, F: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
@@ -49,14 +55,18 @@ def produce(
     total = gl.load(tile_ptr + 3 * M + 1)
     step, tiles = gl.num_programs(0), tiles_m * NT
     w_bytes: gl.constexpr = BK * BN * 2
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BK, BK // 8], [4, 1], [1, 0])
     filled = 0
+    # A tile's place in the table and its rows' tokens are fetched while the one before is loaded.
+    e, row0, end, nt = _tile(tile_ptr, gl.program_id(0), tiles, tiles_m, M, R, NT, GROUP)
+    if GATHER:
+        k = gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
+        token = _tokens(token_ptr, row0, end, total, BM, layout)
     for tile in range(gl.program_id(0), tiles, step):
-        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        next_e, next_row0, next_end, next_nt = _tile(tile_ptr, tile + step, tiles, tiles_m, M, R, NT, GROUP)
         if GATHER:
-            layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 * 8 // BK, BK // 8], [4, 1], [1, 0])
-            row = row0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
-            token = gl.load(token_ptr + row, mask=row < gl.minimum(end, total), other=0)
-            a_ptrs = a + token.to(gl.int64)[:, None] * D + gl.arange(0, BK, gl.SliceLayout(0, layout))[None, :]
+            a_ptrs = a + token.to(gl.int64)[:, None] * D + k
+            token = _tokens(token_ptr, next_row0, next_end, total, BM, layout)
         for k0 in range(0, D, BK):
             slot = filled % STAGES
             mbarrier.wait(empty.index(slot), (filled // STAGES & 1) ^ 1)
@@ -75,6 +85,7 @@ def produce(
                 # each thread arrives when its copies have: nobody waits for them here
                 async_copy.mbarrier_arrive(bar, increment_count=False)
             filled += 1
+        e, row0, end, nt = next_e, next_row0, next_end, next_nt
 
 
 @gluon.jit
