@@ -12,7 +12,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from open_lm.moe.backends.triton.activations import activate_and_slope
-from open_lm.moe.backends.triton.gluon_rows import PIECE, halves, init, produce, product, store_rows
+from open_lm.moe.backends.triton.gluon_rows import (
+    PIECE, finish, halves, init, multiply, pack, produce, product_in_turn, store_rows, unpack,
+)  # fmt: skip
 from open_lm.moe.backends.triton.rows import _tile
 
 
@@ -58,84 +60,167 @@ def _fetch_piece(h, row0, n0, ring, ready, free, i, PIECES: gl.constexpr):
 
 @gluon.jit
 def _through_slope(
-    p, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N: gl.constexpr,
-    PIECES: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr,
+    p, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F: gl.constexpr,
+    KIND: gl.constexpr,
 ):  # fmt: skip
-    """Stores dh, PIECE columns at a time, each in the place of h's piece in the ring; (part + sum_f p_f a_f, taken)."""
-    if p.shape[1] > PIECE:
+    """Stores dh of PIECE columns, in the place of h's piece in the ring; (part + sum_f p_f a_f, taken + 1)."""
+    PIECES: gl.constexpr = ring.shape[0]
+    layout: gl.constexpr = p.type.layout
+    slot = taken % PIECES
+    mbarrier.wait(ready.index(slot), taken // PIECES & 1)
+    h = ring.index(slot).load(layout)
+    a, slope = activate_and_slope(h.to(gl.float32), KIND, True)
+    part += gl.convert_layout(gl.sum(p * a, 1), part.type.layout, assert_trivial=True)
+    scaled = gl.convert_layout(weight, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
+    value = (p * slope * scaled).to(h.dtype)
+    if row0 + p.shape[0] <= last:
+        ring.index(slot).store(value)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(dh, [row0, n0], ring.index(slot))
+        # all but this one have left the ring
+        tma.store_wait(1)
+    else:
+        row = row0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, layout))
+        value = gl.where((row < last)[:, None], value, 0.0)
+        tma.store_wait(0)
+        ring.index(slot).store(value)
+        store_rows(dh_ptr, ring.index(slot), row0, end, n0, F)
+        fence_async_shared()
+    mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken > 0)
+    return part, taken + 1
+
+
+@gluon.jit
+def _store_part(partial_ptr, part, row0, last, end, nt, R):
+    row = row0 + gl.arange(0, part.shape[0], part.type.layout)
+    gl.store(partial_ptr + nt.to(gl.int64) * R + row, gl.where(row < last, part, 0.0), mask=row < end)
+
+
+@gluon.jit
+def _consume_in_turn(
+    dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, a_ring, w_ring, full, empty, turn, ring, ready, free,
+    CONSUMER: gl.constexpr, D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Every second tile: its product while the other consumer is at the activation, and the other way round."""
+    gl.static_assert(BN == 2 * PIECE)
+    NT: gl.constexpr = F // BN
+    K: gl.constexpr = D // BK
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    tiles_m = gl.load(tile_ptr + 3 * M)
+    total = gl.load(tile_ptr + 3 * M + 1)
+    step, tiles = gl.num_programs(0), tiles_m * NT
+    used, taken = CONSUMER * K, 0
+    for tile in range(gl.program_id(0) + CONSUMER * step, tiles, 2 * step):
+        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        last = gl.minimum(end, total)
+        row = row0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
+        weight = gl.load(weight_ptr + row, mask=row < last, other=0.0)
+        p, used = product_in_turn(a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K, STAGES, True)
+        part = gl.zeros((BM,), gl.float32, gl.SliceLayout(1, layout))
         left, right = halves(p)
+        n0 = nt * BN
         part, taken = _through_slope(
-            left, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end, n0, N, PIECES, F, KIND
+            left, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F, KIND
         )
         part, taken = _through_slope(
-            right, weight, dh, dh_ptr, part, ring, ready, free, taken, whole, row0, last, end,
-            n0 + p.shape[1] // 2, N, PIECES, F, KIND,
-        )  # fmt: skip
-    else:
-        layout: gl.constexpr = p.type.layout
-        slot = taken % PIECES
-        mbarrier.wait(ready.index(slot), taken // PIECES & 1)
-        h = ring.index(slot).load(layout)
-        a, slope = activate_and_slope(h.to(gl.float32), KIND, True)
-        part += gl.convert_layout(gl.sum(p * a, 1), part.type.layout, assert_trivial=True)
-        scaled = gl.convert_layout(weight, gl.SliceLayout(1, layout), assert_trivial=True)[:, None]
-        value = (p * slope * scaled).to(h.dtype)
-        if whole:
-            ring.index(slot).store(value)
-            fence_async_shared()
-            tma.async_copy_shared_to_global(dh, [row0, n0], ring.index(slot))
-            # all but this one have left the ring
-            tma.store_wait(1)
-        else:
-            row = row0 + gl.arange(0, p.shape[0], gl.SliceLayout(1, layout))
-            value = gl.where((row < last)[:, None], value, 0.0)
-            tma.store_wait(0)
-            store_rows(dh_ptr, value, row0, end, n0, F)
-        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken % (N // PIECE) > 0)
-        taken += 1
-    return part, taken
+            right, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F, KIND
+        )
+        _store_part(partial_ptr, part, row0, last, end, nt, R)
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _consume(
     dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, a_ring, w_ring, full, empty, turn, ring, ready, free,
     CONSUMER: gl.constexpr, D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PIECES: gl.constexpr, GROUP: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
+    """Half of a tile's rows: its product, and meanwhile what is left of the tile before, a quarter at a time."""
+    gl.static_assert(BN == 4 * PIECE)
     NT: gl.constexpr = F // BN
-    K_TILES: gl.constexpr = D // BK
-    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    K: gl.constexpr = D // BK
+    ROWS: gl.constexpr = BM // 2
+    LOW: gl.constexpr = ring.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tiles_m = gl.load(tile_ptr + 3 * M)
     total = gl.load(tile_ptr + 3 * M + 1)
     step, tiles = gl.num_programs(0), tiles_m * NT
+    used, taken = 0, 0
     first = gl.program_id(0)
-    used = 0
-    taken = 0
-    if TAKE_TURNS:
-        first += CONSUMER * step
-        used = CONSUMER * K_TILES
-        step *= 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    for tile in range(first, tiles, step):
-        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
-        if not TAKE_TURNS:
-            row0 += CONSUMER * ROWS
-        last = gl.minimum(end, total)
-        row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-        weight = gl.load(weight_ptr + row, mask=row < last, other=0.0)
-        p, used = product(
-            a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K_TILES, STAGES, True, False, TAKE_TURNS
-        )
+    e, row0, end, nt = _tile(tile_ptr, first, tiles, tiles_m, M, R, NT, GROUP)
+    row0 += CONSUMER * ROWS
+    last = gl.minimum(end, total)
+    weight = _weights(weight_ptr, row0, last, ROWS, layout)
+    if first < tiles:
+        n0 = nt * BN
+        acc = gl.zeros((ROWS, BN), gl.float32, layout)
+        acc, used = multiply(a_ring, w_ring, full, empty, acc, used, 0, K, CONSUMER, STAGES, True, False)
+        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+        for tile in range(first + step, tiles, step):
+            next_e, next_row0, next_end, next_nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+            next_row0 += CONSUMER * ROWS
+            next_last = gl.minimum(next_end, total)
+            next_weight = _weights(weight_ptr, next_row0, next_last, ROWS, layout)
+            part = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+            acc = gl.zeros((ROWS, BN), gl.float32, layout)
+            acc, used = multiply(
+                a_ring, w_ring, full, empty, acc, used, 0, K // 4, CONSUMER, STAGES, True, False
+            )
+            part, taken = _through_slope(
+                unpack(p0, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
+                KIND,
+            )  # fmt: skip
+            acc, used = multiply(
+                a_ring, w_ring, full, empty, acc, used, K // 4, K // 2, CONSUMER, STAGES, True, False
+            )
+            part, taken = _through_slope(
+                unpack(p1, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
+                KIND,
+            )  # fmt: skip
+            acc, used = multiply(
+                a_ring, w_ring, full, empty, acc, used, K // 2, K * 3 // 4, CONSUMER, STAGES, True, False
+            )
+            part, taken = _through_slope(
+                unpack(p2, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
+                KIND,
+            )  # fmt: skip
+            acc, used = multiply(
+                a_ring, w_ring, full, empty, acc, used, K * 3 // 4, K, CONSUMER, STAGES, True, False
+            )
+            part, taken = _through_slope(
+                unpack(p3, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
+                KIND,
+            )  # fmt: skip
+            _store_part(partial_ptr, part, row0, last, end, nt, R)
+            p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+            row0, last, end, nt, weight = next_row0, next_last, next_end, next_nt, next_weight
+            n0 = nt * BN
         part = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
         part, taken = _through_slope(
-            p, weight, dh, dh_ptr, part, ring, ready, free, taken, row0 + ROWS <= last, row0, last, end, nt * BN, BN,
-            PIECES, F, KIND,
+            unpack(p0, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
+            KIND,
         )  # fmt: skip
-        part = gl.where(row < last, part, 0.0)
-        gl.store(partial_ptr + nt.to(gl.int64) * R + row, part, mask=row < end)
-        tma.store_wait(0)
-        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES))
+        part, taken = _through_slope(
+            unpack(p1, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
+            KIND,
+        )  # fmt: skip
+        part, taken = _through_slope(
+            unpack(p2, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
+            KIND,
+        )  # fmt: skip
+        part, taken = _through_slope(
+            unpack(p3, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
+            KIND,
+        )  # fmt: skip
+        _store_part(partial_ptr, part, row0, last, end, nt, R)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _weights(weight_ptr, row0, last, ROWS: gl.constexpr, layout: gl.constexpr):
+    row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    return gl.load(weight_ptr + row, mask=row < last, other=0.0)
 
 
 @gluon.jit(do_not_specialize=["M", "R"])
@@ -172,14 +257,14 @@ def up_backward_kernel(
     gl.warp_specialize(
         [
             (
-                _consume,
+                _consume_in_turn if TAKE_TURNS else _consume,
                 (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, turn, ring_0,
-                 ready_0, free_0, 0, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+                 ready_0, free_0, 0, D, F, KIND, BM, BN, BK, STAGES, GROUP),
             ),
             (
-                _consume,
+                _consume_in_turn if TAKE_TURNS else _consume,
                 (dh, dh_ptr, weight_ptr, partial_ptr, tile_ptr, M, R, g_ring, w_ring, full, empty, turn, ring_1,
-                 ready_1, free_1, 1, D, F, KIND, BM, BN, BK, STAGES, PIECES, GROUP, TAKE_TURNS),
+                 ready_1, free_1, 1, D, F, KIND, BM, BN, BK, STAGES, GROUP),
             ),
             (
                 produce,

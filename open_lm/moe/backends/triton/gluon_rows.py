@@ -89,25 +89,19 @@ def produce(
 
 
 @gluon.jit
-def product(
-    a_ring, w_ring, full, empty, turn, used, CONSUMER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    K_TILES: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GATHER: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
+def multiply(
+    a_ring, w_ring, full, empty, acc, used, K_FIRST: gl.constexpr, K_LAST: gl.constexpr, CONSUMER: gl.constexpr,
+    STAGES: gl.constexpr, TRANSPOSED: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
-    """(ROWS, BN) float32 of the next K_TILES of the ring, which it frees."""
-    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    if TAKE_TURNS:
-        # Until the other has all of its tile: a barrier's phase tells a filling from the last one, not the last two.
-        mbarrier.wait(turn.index(CONSUMER), (used // (2 * K_TILES) & 1) ^ (1 - CONSUMER))
-    acc = gl.zeros((ROWS, BN), gl.float32, layout)
-    for k in range(K_TILES):
+    """acc plus the next tiles of the ring, K_FIRST to K_LAST of a product: the last is under way at the return."""
+    ROWS: gl.constexpr = acc.shape[0]
+    for k in range(K_FIRST, K_LAST):
         slot = used % STAGES
         mbarrier.wait(full.index(slot), used // STAGES & 1)
         if GATHER:
             fence_async_shared()
         a = a_ring.index(slot)
-        if ROWS < BM:
+        if ROWS < a_ring.shape[1]:
             a = a.slice(CONSUMER * ROWS, ROWS)
         w = w_ring.index(slot)
         if TRANSPOSED:
@@ -116,13 +110,59 @@ def product(
         acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES), pred=k > 0)
         used += 1
-    if TAKE_TURNS:
-        mbarrier.arrive(turn.index(1 - CONSUMER))
+    return acc, used
+
+
+@gluon.jit
+def finish(acc, empty, used, STAGES: gl.constexpr):
     acc = warpgroup_mma_wait(0, deps=(acc,))
     mbarrier.arrive(empty.index((used + STAGES - 1) % STAGES))
-    if TAKE_TURNS:
-        used += K_TILES  # the other's
-    return acc, used
+    return acc
+
+
+@gluon.jit
+def product_in_turn(
+    a_ring, w_ring, full, empty, turn, used, CONSUMER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    K_TILES: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """(BM, BN) float32 of the next K_TILES of the ring; then it is the other consumer's turn."""
+    # Until the other has all of its tile: a barrier's phase tells a filling from the last one, not the last two.
+    mbarrier.wait(turn.index(CONSUMER), (used // (2 * K_TILES) & 1) ^ (1 - CONSUMER))
+    acc = gl.zeros((BM, BN), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    acc, used = multiply(
+        a_ring, w_ring, full, empty, acc, used, 0, K_TILES, CONSUMER, STAGES, TRANSPOSED, False
+    )
+    mbarrier.arrive(turn.index(1 - CONSUMER))
+    return finish(acc, empty, used, STAGES), used + K_TILES
+
+
+@gluon.jit
+def pack(acc, LOW: gl.constexpr):
+    """Four int32 tensors of (ROWS, columns / 8), each of a quarter of the columns, two numbers in a register."""
+    ROWS: gl.constexpr = acc.shape[0]
+    even, odd = acc.reshape((ROWS, acc.shape[1] // 2, 2)).split()
+    kind: gl.constexpr = "bf16x2" if LOW == gl.bfloat16 else "f16x2"
+    packed = gl.inline_asm_elementwise(
+        "cvt.rn." + kind + ".f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+    )
+    left, right = packed.reshape((ROWS, 2, acc.shape[1] // 4)).permute((0, 2, 1)).split()
+    p0, p1 = left.reshape((ROWS, 2, acc.shape[1] // 8)).permute((0, 2, 1)).split()
+    p2, p3 = right.reshape((ROWS, 2, acc.shape[1] // 8)).permute((0, 2, 1)).split()
+    return p0, p1, p2, p3
+
+
+@gluon.jit
+def unpack(packed, LOW: gl.constexpr):
+    """(ROWS, N) float32, where `multiply` would have it, of what `pack` made of N columns."""
+    ROWS: gl.constexpr = packed.shape[0]
+    N: gl.constexpr = packed.shape[1] * 2
+    kind: gl.constexpr = "bf16" if LOW == gl.bfloat16 else "f16"
+    even, odd = gl.inline_asm_elementwise(
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32." + kind + " $0, l; cvt.f32." + kind + " $1, h; }",
+        "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    return gl.convert_layout(gl.join(even, odd).reshape((ROWS, N)), layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -138,87 +178,101 @@ def halves(x):
 
 
 @gluon.jit
-def store_rows(ptr, x, row0, end, n0, F: gl.constexpr):
-    """A piece where an expert's rows end: up to row `end`."""
-    layout: gl.constexpr = x.type.layout
-    row = row0 + gl.arange(0, x.shape[0], gl.SliceLayout(1, layout))
-    n = n0 + gl.arange(0, x.shape[1], gl.SliceLayout(0, layout))
-    gl.store(ptr + row.to(gl.int64)[:, None] * F + n[None, :], x, mask=(row < end)[:, None])
+def store_rows(ptr, out, row0, end, n0, F: gl.constexpr):
+    """A piece, from shared memory, where an expert's rows end: up to row `end`. 16 rows at a time: few registers."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PIECE, PIECE // 8], [4, 1], [1, 0])
+    n = n0 + gl.arange(0, PIECE, gl.SliceLayout(0, layout))
+    for i in gl.static_range(out.shape[0] // 16):
+        row = row0 + 16 * i + gl.arange(0, 16, gl.SliceLayout(1, layout))
+        x = out.slice(16 * i, 16).load(layout)
+        gl.store(ptr + row.to(gl.int64)[:, None] * F + n[None, :], x, mask=(row < end)[:, None])
 
 
 @gluon.jit
-def _send(desc, ptr, x, out, whole, row0, end, n0, OUTS: gl.constexpr, F: gl.constexpr):
+def _send(desc, ptr, x, out, row0, end, n0, OUTS: gl.constexpr, F: gl.constexpr):
     """Stores a piece through `out`, one of OUTS pieces of shared memory that take turns."""
-    if whole:
+    if row0 + x.shape[0] <= end:
         tma.store_wait(OUTS - 1)
         out.store(x)
         fence_async_shared()
         tma.async_copy_shared_to_global(desc, [row0, n0], out)
     else:
-        store_rows(ptr, x, row0, end, n0, F)
+        tma.store_wait(0)
+        out.store(x)
+        store_rows(ptr, out, row0, end, n0, F)
 
 
 @gluon.jit
 def _activated(
-    acc, weight, h, h_ptr, a, a_ptr, outs, whole, row0, end, n0, AT: gl.constexpr, OUTS: gl.constexpr,
-    F: gl.constexpr, KIND: gl.constexpr,
+    packed, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, AT: gl.constexpr, F: gl.constexpr,
+    KIND: gl.constexpr,
 ):  # fmt: skip
-    """Stores the pre-activation and the activation, PIECE columns at a time; acc is the tile from its column AT on."""
-    if acc.shape[1] > PIECE:
-        left, right = halves(acc)
-        _activated(left, weight, h, h_ptr, a, a_ptr, outs, whole, row0, end, n0, AT, OUTS, F, KIND)
-        _activated(
-            right, weight, h, h_ptr, a, a_ptr, outs, whole, row0, end, n0, AT + acc.shape[1] // 2, OUTS, F, KIND
-        )
-    else:
-        sent: gl.constexpr = AT // PIECE * (2 if h is not None and a is not None else 1)
-        # the activation is that of the number which is saved
-        low = acc.to(outs.dtype)
-        if h is not None:
-            _send(h, h_ptr, low, outs.index(sent % OUTS), whole, row0, end, n0 + AT, OUTS, F)
-        if a is not None:
-            value = activate(low.to(gl.float32), KIND, True)
-            if weight is not None:
-                per_row: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-                value *= gl.convert_layout(weight, per_row, assert_trivial=True)[:, None]
-            out = outs.index((sent + (1 if h is not None else 0)) % OUTS)
-            _send(a, a_ptr, value.to(outs.dtype), out, whole, row0, end, n0 + AT, OUTS, F)
+    """Stores PIECE columns of a tile, from its column AT on: the pre-activation and the activation."""
+    OUTS: gl.constexpr = outs.shape[0]
+    sent: gl.constexpr = AT // PIECE * (2 if h is not None and a is not None else 1)
+    # the activation is that of the number which is saved
+    x = unpack(packed, outs.dtype)
+    if h is not None:
+        _send(h, h_ptr, x.to(outs.dtype), outs.index(sent % OUTS), row0, end, n0 + AT, OUTS, F)
+    if a is not None:
+        value = activate(x, KIND, True)
+        if weight is not None:
+            per_row: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+            value *= gl.convert_layout(weight, per_row, assert_trivial=True)[:, None]
+        out = outs.index((sent + (1 if h is not None else 0)) % OUTS)
+        _send(a, a_ptr, value.to(outs.dtype), out, row0, end, n0 + AT, OUTS, F)
 
 
 @gluon.jit
 def _consume(
-    h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs, full, empty, turn,
+    h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs, full, empty,
     CONSUMER: gl.constexpr, D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, OUTS: gl.constexpr, GROUP: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, GATHER: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
+    """Half of a tile's rows: its product, and meanwhile the activation of the tile before, a quarter at a time."""
+    gl.static_assert(BN == 4 * PIECE)
     NT: gl.constexpr = F // BN
-    K_TILES: gl.constexpr = D // BK
-    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    K: gl.constexpr = D // BK
+    ROWS: gl.constexpr = BM // 2
+    LOW: gl.constexpr = outs.dtype
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tiles_m = gl.load(tile_ptr + 3 * M)
     total = gl.load(tile_ptr + 3 * M + 1)
     step, tiles = gl.num_programs(0), tiles_m * NT
-    first = gl.program_id(0)
     used = 0
-    if TAKE_TURNS:
-        first += CONSUMER * step
-        used = CONSUMER * K_TILES
-        step *= 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    for tile in range(first, tiles, step):
-        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
-        if not TAKE_TURNS:
-            row0 += CONSUMER * ROWS
-        weight = None
+    # the tile before the first: none of its rows is stored
+    row0, end, n0 = 0, 0, 0
+    weight = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout)) if weight_ptr is not None else None
+    p0, p1, p2, p3 = pack(gl.zeros((ROWS, BN), gl.float32, layout), LOW)
+    for tile in range(gl.program_id(0), tiles, step):
+        e, next_row0, next_end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        next_row0 += CONSUMER * ROWS
+        next_weight = None
         if weight_ptr is not None:
-            # long before it is needed
-            row = row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-            weight = gl.load(weight_ptr + row, mask=row < gl.minimum(end, total), other=0.0)
-        acc, used = product(
-            a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K_TILES, STAGES, False, GATHER, TAKE_TURNS
+            row = next_row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+            next_weight = gl.load(weight_ptr + row, mask=row < gl.minimum(next_end, total), other=0.0)
+        acc = gl.zeros((ROWS, BN), gl.float32, layout)
+        acc, used = multiply(a_ring, w_ring, full, empty, acc, used, 0, K // 4, CONSUMER, STAGES, False, GATHER)
+        _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND)
+        acc, used = multiply(
+            a_ring, w_ring, full, empty, acc, used, K // 4, K // 2, CONSUMER, STAGES, False, GATHER
         )
-        whole = row0 + ROWS <= end
-        _activated(acc, weight, h, h_ptr, a, a_ptr, outs, whole, row0, end, nt * BN, 0, OUTS, F, KIND)
+        _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND)
+        acc, used = multiply(
+            a_ring, w_ring, full, empty, acc, used, K // 2, K * 3 // 4, CONSUMER, STAGES, False, GATHER
+        )
+        _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND)
+        acc, used = multiply(
+            a_ring, w_ring, full, empty, acc, used, K * 3 // 4, K, CONSUMER, STAGES, False, GATHER
+        )
+        _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND)
+        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+        row0, end, n0 = next_row0, next_end, nt * BN
+        weight = next_weight
+    _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND)
+    _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND)
+    _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND)
+    _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND)
     tma.store_wait(0)
 
 
@@ -226,7 +280,7 @@ def _consume(
 def up_kernel(
     x, token_ptr, w, h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R,
     D: gl.constexpr, F: gl.constexpr, KIND: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, OUTS: gl.constexpr, GROUP: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    STAGES: gl.constexpr, OUTS: gl.constexpr, GROUP: gl.constexpr,
     GATHER: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """h_RF = x[token] w, a_RF = its activation, times weight if there.
@@ -235,7 +289,7 @@ def up_kernel(
     of (R, F). OUTS pieces of results are on their way at a time.
     """
     low: gl.constexpr = w.dtype
-    ROWS: gl.constexpr = BM if TAKE_TURNS else BM // 2
+    ROWS: gl.constexpr = BM // 2
     out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, PIECE], low)
     a_ring = gl.allocate_shared_memory(
         low, [STAGES, BM, BK], gl.NVMMASharedLayout.get_default_for([BM, BK], low)
@@ -245,21 +299,19 @@ def up_kernel(
     outs_1 = gl.allocate_shared_memory(low, [OUTS, ROWS, PIECE], out_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     init(full, STAGES, 1 + 128 if GATHER else 1)
-    init(empty, STAGES, 1 if TAKE_TURNS else 2)
-    init(turn, 2, 1)
+    init(empty, STAGES, 2)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs_0, full, empty, turn, 0, D,
-                 F, KIND, BM, BN, BK, STAGES, OUTS, GROUP, TAKE_TURNS, GATHER),
+                (h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs_0, full, empty, 0, D, F,
+                 KIND, BM, BN, BK, STAGES, GROUP, GATHER),
             ),
             (
                 _consume,
-                (h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs_1, full, empty, turn, 1, D,
-                 F, KIND, BM, BN, BK, STAGES, OUTS, GROUP, TAKE_TURNS, GATHER),
+                (h, h_ptr, a, a_ptr, weight_ptr, tile_ptr, M, R, a_ring, w_ring, outs_1, full, empty, 1, D, F,
+                 KIND, BM, BN, BK, STAGES, GROUP, GATHER),
             ),
             (
                 produce,
