@@ -115,11 +115,14 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
         free = launch.choose("dw2", x.device, dtype, D, width) is None
         gathered = launch.gather(x, token_R, end_E)
 
+        a = random(R, width)
+
         def with_gather(tile: Tile):
+            into = a if tile.saves_activation else h  # as the operator has it
             x_RD = (gathered if free else launch.gather(x, token_R, end_E)) if tile.gathered else None
             return launch.up_backward(
                 x, token_R, w2, None, weight_R, h, u, table, kind, x_RD, tile, not tile.saves_activation,
-                tile.in_place,
+                *((into, u) if tile.in_place else ()),
             )  # fmt: skip
 
         return with_gather, None

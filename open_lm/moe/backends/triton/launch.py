@@ -125,10 +125,10 @@ def up(
 def up_backward(
     g_TD: Tensor, token_R: Tensor, w2: Tensor, b2: Tensor | None, weight_R: Tensor, h: Tensor, u: Tensor | None,
     table: Tensor, kind: str, g_RD: Tensor | None = None, tile: Tile | None = None, activate: bool = True,
-    in_place: bool = False,
+    dh: Tensor | None = None, du: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """(dh_RF, du_RF if gated, weight * a_RF if `activate`, the gradient of weight_R): see
-    `rows.up_backward_kernel`. `in_place`: dh and du are h and u.
+    `rows.up_backward_kernel`. dh and du are new, or the tensors that are given, which may be h and u.
     """
     R, (_, width, D) = token_R.numel(), w2.shape
     if tile is None and u is None and b2 is None and g_RD is not None and not activate:
@@ -140,8 +140,8 @@ def up_backward(
     tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
     assert tile is not None
     use, M, BM = tma(g_TD.device), (table.numel() - 2) // 3, block_rows(g_TD.dtype)
-    dh = h if in_place else torch.empty_like(h)
-    du = u if in_place or u is None else torch.empty_like(u)
+    dh = torch.empty_like(h) if dh is None else dh
+    du = torch.empty_like(u) if du is None and u is not None else du
     a = torch.empty_like(h) if activate else None
     columns = triton.cdiv(width, tile.columns)
     # zeros: rows that were dropped are in no tile

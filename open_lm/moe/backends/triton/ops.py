@@ -140,20 +140,28 @@ def backward(
         _consume([x for x in (h, u, a) if x.numel()])
     g_RD = launch.gather(g_TD, token_R, end_E) if launch.gathers(h, g_TD.shape[1], gated) else None
     saved_a = a if a.numel() else None
+    # Where the activation was saved, dw2 comes first and dh takes its memory, else dh that of h: what is read and
+    # what is written in one place at a time slows the kernel down. `free`: of which nobody has need any more, but
+    # which is the caller's to free.
+    dh_memory = (h if saved_a is None else saved_a) if in_place else None
+    du_memory, free = (u, None if saved_a is None else h) if in_place else (None, None)
+
+    def down_weights(weighted_a: Tensor, g_RD: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """db2 is the sum of weight * g, dw2 that of weight * a ⊗ g."""
+        scale = None if b2 is None else weight_R
+        return launch.weights(
+            g_TD, token_R, scale, weighted_a, end_E, gather_left=False, biased=b2 is not None, x_R=g_RD
+        )
+
+    if saved_a is not None:
+        dw2, db2 = down_weights(saved_a, g_RD)
     dh, du, new_a, dweight_R = launch.up_backward(
         g_TD, token_R, w2, b2, weight_R, h, u if gated else None, table, kind, g_RD, activate=saved_a is None,
-        in_place=in_place,
+        dh=dh_memory, du=du_memory if gated else None,
     )  # fmt: skip
-    weighted_a = new_a if saved_a is None else saved_a
-    assert weighted_a is not None
-    # db2 is the sum of weight * g, dw2 that of weight * a ⊗ g
-    scale = None if b2 is None else weight_R
-    dw2, db2 = launch.weights(
-        g_TD, token_R, scale, weighted_a, end_E, gather_left=False, biased=b2 is not None, x_R=g_RD
-    )
-    del new_a, weighted_a, g_RD
-    # memory of which nobody has need any more, but which is the caller's to free
-    free = saved_a if in_place else None
+    if new_a is not None:
+        dw2, db2 = down_weights(new_a, g_RD)
+    del new_a, g_RD
     dx_RD = launch.rows(dh, w1, du, v1, None, end_E, table, transposed=True, out=free)
     dx_TD = launch.combine(dx_RD, scale_R, row, start_T1, end_E, len(x_TD))
     dscale_R = None
