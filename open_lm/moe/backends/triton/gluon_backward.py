@@ -1,4 +1,12 @@
-"""up_backward in Gluon: as `gluon_rows`, with a warp more, which fetches h's tiles long before they are needed.
+"""up_backward for Hopper in Gluon: warps that load, and two warpgroups, of which one multiplies while the other
+is at the activation.
+
+What `rows.up_backward_kernel` computes, of ungated experts without biases, in bfloat16, where forward has saved
+weight * activation. TAKE_TURNS: each of the two consumers has every second tile of the program, 128 rows by 128
+columns, and the product of one runs during the activation of the other; the results are those of `rows` to the bit.
+Else each has half the rows of a tile of 256 columns, and does the activation of one tile during the product of the
+next, as in `gluon_rows`: p waits for it in bfloat16, to which it is rounded, as between torch's own products. This
+loads less, and is the faster one of wide layers.
 
 Shapes: D model width, E experts, F expert width, R rows, M tiles of rows.
 """
@@ -13,8 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from open_lm.moe.backends.triton.activations import activate_and_slope
 from open_lm.moe.backends.triton.gluon_rows import (
-    PIECE, finish, halves, init, multiply, pack, produce, product_in_turn, store_rows, unpack,
-)  # fmt: skip
+    PIECE,
+    finish,
+    init,
+    multiply,
+    pack,
+    produce,
+    store_rows,
+    unpack,
+)
 from open_lm.moe.backends.triton.rows import _tile
 
 
@@ -38,10 +53,14 @@ def _fetch(
             other = tile + gl.num_programs(0)
             _, row1, _, nt1 = _tile(tile_ptr, other, tiles, tiles_m, M, R, NT, GROUP)
             for piece in gl.static_range(BN // PIECE):
-                _fetch_piece(h, row0, nt * BN + piece * PIECE, ring_0, ready_0, free_0, filled + piece, PIECES)
+                _fetch_piece(
+                    h, row0, nt * BN + piece * PIECE, ring_0, ready_0, free_0, filled + piece, PIECES
+                )
             if other < tiles:
                 for piece in gl.static_range(BN // PIECE):
-                    _fetch_piece(h, row1, nt1 * BN + piece * PIECE, ring_1, ready_1, free_1, filled + piece, PIECES)
+                    _fetch_piece(
+                        h, row1, nt1 * BN + piece * PIECE, ring_1, ready_1, free_1, filled + piece, PIECES
+                    )
         else:
             for piece in gl.static_range(BN // PIECE):
                 n0 = nt * BN + piece * PIECE
@@ -59,11 +78,42 @@ def _fetch_piece(h, row0, n0, ring, ready, free, i, PIECES: gl.constexpr):
 
 
 @gluon.jit
+def _product_in_turn(
+    a_ring, w_ring, full, empty, turn, used, CONSUMER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    K_TILES: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
+):  # fmt: skip
+    """(BM, BN) float32 of the next K_TILES of the ring; then it is the other consumer's turn."""
+    # Until the other has all of its tile: a barrier's phase tells a filling from the last one, not the last two.
+    mbarrier.wait(turn.index(CONSUMER), (used // (2 * K_TILES) & 1) ^ (1 - CONSUMER))
+    acc = gl.zeros((BM, BN), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
+    acc, used = multiply(
+        a_ring, w_ring, full, empty, acc, used, 0, K_TILES, CONSUMER, STAGES, TRANSPOSED, False
+    )
+    mbarrier.arrive(turn.index(1 - CONSUMER))
+    return finish(acc, empty, used, STAGES), used + K_TILES
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right half of the columns, in the registers where they are."""
+    ROWS: gl.constexpr = x.shape[0]
+    N: gl.constexpr = x.shape[1] // 2
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
+    left, right = x.reshape((ROWS, 2, N)).permute((0, 2, 1)).split()
+    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(
+        right, layout, assert_trivial=True
+    )
+
+
+@gluon.jit
 def _through_slope(
     p, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F: gl.constexpr,
-    KIND: gl.constexpr,
+    KIND: gl.constexpr, RELEASE: gl.constexpr = True,
 ):  # fmt: skip
-    """Stores dh of PIECE columns, in the place of h's piece in the ring; (part + sum_f p_f a_f, taken + 1)."""
+    """Stores dh of PIECE columns, in the place of h's piece in the ring; (part + sum_f p_f a_f, taken + 1).
+
+    RELEASE: frees the place of the piece before.
+    """
     PIECES: gl.constexpr = ring.shape[0]
     layout: gl.constexpr = p.type.layout
     slot = taken % PIECES
@@ -86,7 +136,8 @@ def _through_slope(
         ring.index(slot).store(value)
         store_rows(dh_ptr, ring.index(slot), row0, end, n0, F)
         fence_async_shared()
-    mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken > 0)
+    if RELEASE:
+        mbarrier.arrive(free.index((taken + PIECES - 1) % PIECES), pred=taken > 0)
     return part, taken + 1
 
 
@@ -112,21 +163,24 @@ def _consume_in_turn(
     step, tiles = gl.num_programs(0), tiles_m * NT
     used, taken = CONSUMER * K, 0
     for tile in range(gl.program_id(0) + CONSUMER * step, tiles, 2 * step):
-        e, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        _, row0, end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
         last = gl.minimum(end, total)
         row = row0 + gl.arange(0, BM, gl.SliceLayout(1, layout))
         weight = gl.load(weight_ptr + row, mask=row < last, other=0.0)
-        p, used = product_in_turn(a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K, STAGES, True)
+        p, used = _product_in_turn(a_ring, w_ring, full, empty, turn, used, CONSUMER, BM, BN, K, STAGES, True)
         part = gl.zeros((BM,), gl.float32, gl.SliceLayout(1, layout))
-        left, right = halves(p)
+        left, right = _halves(p)
         n0 = nt * BN
         part, taken = _through_slope(
-            left, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F, KIND
+            left, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F, KIND, False
         )
         part, taken = _through_slope(
             right, weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F, KIND
         )
         _store_part(partial_ptr, part, row0, last, end, nt, R)
+        # at once, not with the next tile's first piece: the next piece of h has this place
+        tma.store_wait(0)
+        mbarrier.arrive(free.index((taken + ring.shape[0] - 1) % ring.shape[0]))
     tma.store_wait(0)
 
 
@@ -141,14 +195,13 @@ def _consume(
     NT: gl.constexpr = F // BN
     K: gl.constexpr = D // BK
     ROWS: gl.constexpr = BM // 2
-    LOW: gl.constexpr = ring.dtype
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tiles_m = gl.load(tile_ptr + 3 * M)
     total = gl.load(tile_ptr + 3 * M + 1)
     step, tiles = gl.num_programs(0), tiles_m * NT
     used, taken = 0, 0
     first = gl.program_id(0)
-    e, row0, end, nt = _tile(tile_ptr, first, tiles, tiles_m, M, R, NT, GROUP)
+    _, row0, end, nt = _tile(tile_ptr, first, tiles, tiles_m, M, R, NT, GROUP)
     row0 += CONSUMER * ROWS
     last = gl.minimum(end, total)
     weight = _weights(weight_ptr, row0, last, ROWS, layout)
@@ -156,9 +209,9 @@ def _consume(
         n0 = nt * BN
         acc = gl.zeros((ROWS, BN), gl.float32, layout)
         acc, used = multiply(a_ring, w_ring, full, empty, acc, used, 0, K, CONSUMER, STAGES, True, False)
-        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES))
         for tile in range(first + step, tiles, step):
-            next_e, next_row0, next_end, next_nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+            _, next_row0, next_end, next_nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
             next_row0 += CONSUMER * ROWS
             next_last = gl.minimum(next_end, total)
             next_weight = _weights(weight_ptr, next_row0, next_last, ROWS, layout)
@@ -168,49 +221,49 @@ def _consume(
                 a_ring, w_ring, full, empty, acc, used, 0, K // 4, CONSUMER, STAGES, True, False
             )
             part, taken = _through_slope(
-                unpack(p0, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
+                unpack(p0), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
                 KIND,
             )  # fmt: skip
             acc, used = multiply(
                 a_ring, w_ring, full, empty, acc, used, K // 4, K // 2, CONSUMER, STAGES, True, False
             )
             part, taken = _through_slope(
-                unpack(p1, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
+                unpack(p1), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
                 KIND,
             )  # fmt: skip
             acc, used = multiply(
                 a_ring, w_ring, full, empty, acc, used, K // 2, K * 3 // 4, CONSUMER, STAGES, True, False
             )
             part, taken = _through_slope(
-                unpack(p2, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
+                unpack(p2), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
                 KIND,
             )  # fmt: skip
             acc, used = multiply(
                 a_ring, w_ring, full, empty, acc, used, K * 3 // 4, K, CONSUMER, STAGES, True, False
             )
             part, taken = _through_slope(
-                unpack(p3, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
+                unpack(p3), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
                 KIND,
             )  # fmt: skip
             _store_part(partial_ptr, part, row0, last, end, nt, R)
-            p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+            p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES))
             row0, last, end, nt, weight = next_row0, next_last, next_end, next_nt, next_weight
             n0 = nt * BN
         part = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
         part, taken = _through_slope(
-            unpack(p0, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
+            unpack(p0), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0, F,
             KIND,
         )  # fmt: skip
         part, taken = _through_slope(
-            unpack(p1, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
+            unpack(p1), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + PIECE, F,
             KIND,
         )  # fmt: skip
         part, taken = _through_slope(
-            unpack(p2, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
+            unpack(p2), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 2 * PIECE, F,
             KIND,
         )  # fmt: skip
         part, taken = _through_slope(
-            unpack(p3, LOW), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
+            unpack(p3), weight, dh, dh_ptr, part, ring, ready, free, taken, row0, last, end, n0 + 3 * PIECE, F,
             KIND,
         )  # fmt: skip
         _store_part(partial_ptr, part, row0, last, end, nt, R)

@@ -1,10 +1,10 @@
-"""up and up_backward for Hopper in Gluon: warps that load, and two warpgroups that multiply and activate in turn.
+"""up for Hopper in Gluon: warps that load, and two warpgroups that multiply and activate at the same time.
 
-What `rows.up_kernel` and `rows.up_backward_kernel` compute, of ungated experts without biases, in 16 bits. There the
-activation and its stores wait for the product and the product for them. Here a producer fills a ring of tiles in
-shared memory, and of the two consumers one multiplies while the other activates: TAKE_TURNS, each has every second
-tile of the program, 128 rows; else each has 64 of a tile's 128 rows and one may be ahead of the other by what the
-ring holds. Results leave through shared memory, by tensor descriptors, in the background.
+What `rows.up_kernel` computes, of ungated experts without biases, in bfloat16, and to the bit. There a tile's
+activation and stores wait for its product, and the next product for them. Here a producer fills a ring of tiles in
+shared memory, and each of two consumers has half of a tile's rows. It multiplies and, while the tensor cores are at
+it, does the activation of the tile before, whose numbers wait in bfloat16, two in a register. Results leave
+through shared memory, by tensor descriptors, in the background.
 
 Shapes: T tokens, D model width, E experts, F expert width, R rows, M tiles of rows.
 """
@@ -101,7 +101,7 @@ def multiply(
         if GATHER:
             fence_async_shared()
         a = a_ring.index(slot)
-        if ROWS < a_ring.shape[1]:
+        if a_ring.shape[1] > ROWS:
             a = a.slice(CONSUMER * ROWS, ROWS)
         w = w_ring.index(slot)
         if TRANSPOSED:
@@ -121,29 +121,12 @@ def finish(acc, empty, used, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def product_in_turn(
-    a_ring, w_ring, full, empty, turn, used, CONSUMER: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    K_TILES: gl.constexpr, STAGES: gl.constexpr, TRANSPOSED: gl.constexpr,
-):  # fmt: skip
-    """(BM, BN) float32 of the next K_TILES of the ring; then it is the other consumer's turn."""
-    # Until the other has all of its tile: a barrier's phase tells a filling from the last one, not the last two.
-    mbarrier.wait(turn.index(CONSUMER), (used // (2 * K_TILES) & 1) ^ (1 - CONSUMER))
-    acc = gl.zeros((BM, BN), gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16]))
-    acc, used = multiply(
-        a_ring, w_ring, full, empty, acc, used, 0, K_TILES, CONSUMER, STAGES, TRANSPOSED, False
-    )
-    mbarrier.arrive(turn.index(1 - CONSUMER))
-    return finish(acc, empty, used, STAGES), used + K_TILES
-
-
-@gluon.jit
-def pack(acc, LOW: gl.constexpr):
-    """Four int32 tensors of (ROWS, columns / 8), each of a quarter of the columns, two numbers in a register."""
+def pack(acc):
+    """Four int32 tensors of (ROWS, columns / 8), each of a quarter of the columns, two bfloat16 in a register."""
     ROWS: gl.constexpr = acc.shape[0]
     even, odd = acc.reshape((ROWS, acc.shape[1] // 2, 2)).split()
-    kind: gl.constexpr = "bf16x2" if LOW == gl.bfloat16 else "f16x2"
     packed = gl.inline_asm_elementwise(
-        "cvt.rn." + kind + ".f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
+        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [even, odd], dtype=gl.int32, is_pure=True, pack=1
     )
     left, right = packed.reshape((ROWS, 2, acc.shape[1] // 4)).permute((0, 2, 1)).split()
     p0, p1 = left.reshape((ROWS, 2, acc.shape[1] // 8)).permute((0, 2, 1)).split()
@@ -152,13 +135,12 @@ def pack(acc, LOW: gl.constexpr):
 
 
 @gluon.jit
-def unpack(packed, LOW: gl.constexpr):
+def unpack(packed):
     """(ROWS, N) float32, where `multiply` would have it, of what `pack` made of N columns."""
     ROWS: gl.constexpr = packed.shape[0]
     N: gl.constexpr = packed.shape[1] * 2
-    kind: gl.constexpr = "bf16" if LOW == gl.bfloat16 else "f16"
     even, odd = gl.inline_asm_elementwise(
-        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32." + kind + " $0, l; cvt.f32." + kind + " $1, h; }",
+        "{ .reg .b16 l, h; mov.b32 {l, h}, $2; cvt.f32.bf16 $0, l; cvt.f32.bf16 $1, h; }",
         "=f,=f,r", [packed], dtype=(gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
@@ -166,20 +148,8 @@ def unpack(packed, LOW: gl.constexpr):
 
 
 @gluon.jit
-def halves(x):
-    """The left and the right half of the columns, in the registers where they are."""
-    ROWS: gl.constexpr = x.shape[0]
-    N: gl.constexpr = x.shape[1] // 2
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
-    left, right = x.reshape((ROWS, 2, N)).permute((0, 2, 1)).split()
-    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(
-        right, layout, assert_trivial=True
-    )
-
-
-@gluon.jit
 def store_rows(ptr, out, row0, end, n0, F: gl.constexpr):
-    """A piece, from shared memory, where an expert's rows end: up to row `end`. 16 rows at a time: few registers."""
+    """A piece in shared memory, up to row `end`, where an expert's rows end. 16 rows at a time: few registers."""
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // PIECE, PIECE // 8], [4, 1], [1, 0])
     n = n0 + gl.arange(0, PIECE, gl.SliceLayout(0, layout))
     for i in gl.static_range(out.shape[0] // 16):
@@ -205,18 +175,18 @@ def _send(desc, ptr, x, out, row0, end, n0, OUTS: gl.constexpr, F: gl.constexpr)
 @gluon.jit
 def _activated(
     packed, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, AT: gl.constexpr, F: gl.constexpr,
-    KIND: gl.constexpr,
+    KIND: gl.constexpr, WEIGHTED: gl.constexpr,
 ):  # fmt: skip
     """Stores PIECE columns of a tile, from its column AT on: the pre-activation and the activation."""
     OUTS: gl.constexpr = outs.shape[0]
     sent: gl.constexpr = AT // PIECE * (2 if h is not None and a is not None else 1)
     # the activation is that of the number which is saved
-    x = unpack(packed, outs.dtype)
+    x = unpack(packed)
     if h is not None:
         _send(h, h_ptr, x.to(outs.dtype), outs.index(sent % OUTS), row0, end, n0 + AT, OUTS, F)
     if a is not None:
         value = activate(x, KIND, True)
-        if weight is not None:
+        if WEIGHTED:
             per_row: gl.constexpr = gl.SliceLayout(1, x.type.layout)
             value *= gl.convert_layout(weight, per_row, assert_trivial=True)[:, None]
         out = outs.index((sent + (1 if h is not None else 0)) % OUTS)
@@ -234,7 +204,7 @@ def _consume(
     NT: gl.constexpr = F // BN
     K: gl.constexpr = D // BK
     ROWS: gl.constexpr = BM // 2
-    LOW: gl.constexpr = outs.dtype
+    WEIGHTED: gl.constexpr = weight_ptr is not None
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     tiles_m = gl.load(tile_ptr + 3 * M)
     total = gl.load(tile_ptr + 3 * M + 1)
@@ -242,37 +212,39 @@ def _consume(
     used = 0
     # the tile before the first: none of its rows is stored
     row0, end, n0 = 0, 0, 0
-    weight = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout)) if weight_ptr is not None else None
-    p0, p1, p2, p3 = pack(gl.zeros((ROWS, BN), gl.float32, layout), LOW)
+    weight = gl.zeros((ROWS,), gl.float32, gl.SliceLayout(1, layout))
+    p0, p1, p2, p3 = pack(gl.zeros((ROWS, BN), gl.float32, layout))
     for tile in range(gl.program_id(0), tiles, step):
-        e, next_row0, next_end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
+        _, next_row0, next_end, nt = _tile(tile_ptr, tile, tiles, tiles_m, M, R, NT, GROUP)
         next_row0 += CONSUMER * ROWS
-        next_weight = None
-        if weight_ptr is not None:
+        next_weight = weight
+        if WEIGHTED:
             row = next_row0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
             next_weight = gl.load(weight_ptr + row, mask=row < gl.minimum(next_end, total), other=0.0)
         acc = gl.zeros((ROWS, BN), gl.float32, layout)
-        acc, used = multiply(a_ring, w_ring, full, empty, acc, used, 0, K // 4, CONSUMER, STAGES, False, GATHER)
-        _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND)
+        acc, used = multiply(
+            a_ring, w_ring, full, empty, acc, used, 0, K // 4, CONSUMER, STAGES, False, GATHER
+        )
+        _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND, WEIGHTED)
         acc, used = multiply(
             a_ring, w_ring, full, empty, acc, used, K // 4, K // 2, CONSUMER, STAGES, False, GATHER
         )
-        _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND)
+        _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND, WEIGHTED)
         acc, used = multiply(
             a_ring, w_ring, full, empty, acc, used, K // 2, K * 3 // 4, CONSUMER, STAGES, False, GATHER
         )
-        _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND)
+        _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND, WEIGHTED)
         acc, used = multiply(
             a_ring, w_ring, full, empty, acc, used, K * 3 // 4, K, CONSUMER, STAGES, False, GATHER
         )
-        _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND)
-        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES), LOW)
+        _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND, WEIGHTED)
+        p0, p1, p2, p3 = pack(finish(acc, empty, used, STAGES))
         row0, end, n0 = next_row0, next_end, nt * BN
         weight = next_weight
-    _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND)
-    _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND)
-    _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND)
-    _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND)
+    _activated(p0, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 0, F, KIND, WEIGHTED)
+    _activated(p1, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, PIECE, F, KIND, WEIGHTED)
+    _activated(p2, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 2 * PIECE, F, KIND, WEIGHTED)
+    _activated(p3, weight, h, h_ptr, a, a_ptr, outs, row0, end, n0, 3 * PIECE, F, KIND, WEIGHTED)
     tma.store_wait(0)
 
 
@@ -285,8 +257,8 @@ def up_kernel(
 ):  # fmt: skip
     """h_RF = x[token] w, a_RF = its activation, times weight if there.
 
-    x is a pointer, or if not GATHER a descriptor of the gathered rows; w a descriptor of (E D, F), h and a (or None)
-    of (R, F). OUTS pieces of results are on their way at a time.
+    x is a pointer, or if not GATHER a descriptor of the gathered rows; w a descriptor of (E D, F), h and a (or
+    None) of (R, F). OUTS pieces of results are on their way at a time.
     """
     low: gl.constexpr = w.dtype
     ROWS: gl.constexpr = BM // 2

@@ -104,7 +104,9 @@ def up(
     if tile is None and v is None and b is None and c is None and scale_R is None:
         special = specialized.tile_of("up", x_TD.device, x_TD.dtype, D, width)
         if special is not None:
-            h, a = specialized.up(x_TD, token_R, w, table, kind, save, activate, weight_R, special)
+            # the table's last number is that of real rows
+            x = gather(x_TD, token_R, table[-1:]) if special.gathered else x_TD
+            h, a = specialized.up(x, token_R, w, table, kind, save, activate, weight_R, special)
             return h, None, a
     name = "up" if v is None else "up_gated"
     tile = tile or choose(name, x_TD.device, x_TD.dtype, D, width)
@@ -134,8 +136,8 @@ def up_backward(
     if tile is None and u is None and b2 is None and g_RD is not None and not activate:
         special = specialized.tile_of("up_backward", g_TD.device, g_TD.dtype, D, width)
         if special is not None:
-            dh, dweight_R = specialized.up_backward(g_RD, w2, weight_R, h, table, kind, in_place, special)
-            return dh, None, None, dweight_R
+            dh = torch.empty_like(h) if dh is None else dh
+            return dh, None, None, specialized.up_backward(g_RD, w2, weight_R, h, table, kind, dh, special)
     name = "up_backward" if u is None else "up_backward_gated"
     tile = tile or choose(name, g_TD.device, g_TD.dtype, D, width)
     assert tile is not None

@@ -38,15 +38,15 @@ def gluon() -> Any:
 @cache
 def tile_of(kernel: str, device: torch.device, dtype: torch.dtype, D: int, F: int) -> Tile | None:
     """The tile for "up" or "up_backward" of these widths, ungated; None: `rows`' kernel is to do it."""
-    if device.type != "cuda" or dtype.itemsize != 2 or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device)[0] != 9:
         return None
     tile = choose(f"{kernel}_specialized", device, dtype, D, F)
     return tile if tile is not None and gluon() is not None and fits(tile, D, F) else None
 
 
 def fits(tile: Tile, D: int, F: int) -> bool:
-    """Whether the widths are whole tiles."""
-    return D % tile.depth == 0 and F % tile.columns == 0
+    """Whether the widths are whole tiles, and the depth is enough for what is done in quarters of it."""
+    return D % tile.depth == 0 and 4 * tile.depth <= D and F % tile.columns == 0
 
 
 def _descriptor(x: Tensor | None, block: list[int]) -> Any:
@@ -55,14 +55,13 @@ def _descriptor(x: Tensor | None, block: list[int]) -> Any:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    layout = gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)
     return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
 
 
 def _meta(tile: Tile) -> dict[str, Any]:
     return {"BM": tile.rows, "BN": tile.columns, "BK": tile.depth, "STAGES": tile.stages, "GROUP": tile.group,
-            "TAKE_TURNS": tile.take_turns, "REGISTERS": tile.registers, "num_warps": 4}  # fmt: skip
+            "REGISTERS": tile.registers, "num_warps": tile.warps}  # fmt: skip
 
 
 def _grid(device: torch.device) -> tuple[int]:
@@ -70,35 +69,37 @@ def _grid(device: torch.device) -> tuple[int]:
 
 
 def up(
-    x_TD: Tensor, token_R: Tensor, w: Tensor, table: Tensor, kind: str, save: bool, activate: bool,
+    x: Tensor, token_R: Tensor, w: Tensor, table: Tensor, kind: str, save: bool, activate: bool,
     weight_R: Tensor | None, tile: Tile,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """(h_RF if `save`, a_RF if `activate`, times weight_R if there): see `gluon_rows.up_kernel`."""
+    """(h_RF if `save`, a_RF if `activate`, times weight_R if there): see `gluon_rows.up_kernel`. x is x_TD, or if
+    the tile is `gathered` x[token] already.
+    """
     R, (E, D, width) = token_R.numel(), w.shape
-    block = [tile.rows if tile.take_turns else tile.rows // 2, 64]
-    h = x_TD.new_empty(R, width) if save else None
-    a = x_TD.new_empty(R, width) if activate else None
-    gluon()[0][_grid(x_TD.device)](
-        x_TD, token_R, _descriptor(w.view(E * D, width), [tile.depth, tile.columns]), _descriptor(h, block), h,
-        _descriptor(a, block), a, weight_R, table, (table.numel() - 2) // 3, R, D=D, F=width, KIND=kind,
-        GATHER=True, **_meta(tile),
+    half = [tile.rows // 2, 64]
+    h = x.new_empty(R, width) if save else None
+    a = x.new_empty(R, width) if activate else None
+    gluon()[0][_grid(x.device)](
+        _descriptor(x, [tile.rows, tile.depth]) if tile.gathered else x, token_R,
+        _descriptor(w.view(E * D, width), [tile.depth, tile.columns]), _descriptor(h, half), h,
+        _descriptor(a, half), a, weight_R, table, (table.numel() - 2) // 3, R, D=D, F=width, KIND=kind, OUTS=2,
+        GATHER=not tile.gathered, **_meta(tile),
     )  # fmt: skip
     return h, a
 
 
 def up_backward(
-    g_RD: Tensor, w2: Tensor, weight_R: Tensor, h: Tensor, table: Tensor, kind: str, in_place: bool, tile: Tile
-) -> tuple[Tensor, Tensor]:
-    """(dh_RF, the gradient of weight_R): see `gluon_backward.up_backward_kernel`. `in_place`: dh is h."""
+    g_RD: Tensor, w2: Tensor, weight_R: Tensor, h: Tensor, table: Tensor, kind: str, dh: Tensor, tile: Tile
+) -> Tensor:
+    """Stores dh_RF, which may be h; the gradient of weight_R: see `gluon_backward.up_backward_kernel`."""
     R, (E, width, D) = len(g_RD), w2.shape
     block = [tile.rows if tile.take_turns else tile.rows // 2, 64]
-    dh = h if in_place else torch.empty_like(h)
     # zeros: rows that were dropped are in no tile
     partial = torch.zeros(width // tile.columns, R, dtype=torch.float32, device=h.device)
     gluon()[1][_grid(h.device)](
         _descriptor(g_RD, [tile.rows, tile.depth]),
         _descriptor(w2.view(E * width, D), [tile.columns, tile.depth]), _descriptor(h, block),
         _descriptor(dh, block), dh, weight_R, partial, table, (table.numel() - 2) // 3, R, D=D, F=width, KIND=kind,
-        PIECES=tile.columns // 64, **_meta(tile),
+        PIECES=2, TAKE_TURNS=tile.take_turns, **_meta(tile),
     )  # fmt: skip
-    return dh, partial.sum(dim=0)
+    return partial.sum(dim=0)
