@@ -2,8 +2,9 @@
 
     python moe/tune.py 160m 41m --kernels up rows --output tiles.jsonl
 
-Compiles all candidates side by side first. Beside them, F.grouped_mm where it does the same product. up_backward is
-timed with and without the activation saved by forward, and the fastest tile of each also in place.
+Compiles all candidates side by side first. Beside them, F.grouped_mm where it does the same product, and beside the
+specialised kernels the ones that they stand in for (`else`). up_backward is timed with and without the activation
+saved by forward, and the fastest tile of each also in place.
 """
 
 import argparse
@@ -22,11 +23,20 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench import SHAPES, Shape  # type: ignore
-from open_lm.moe.backends.triton import launch
+from open_lm.moe.backends.triton import launch, specialized
 from open_lm.moe.backends.triton.table import HOPPER, Tile, block_rows
 
 DEVICE = "cuda"
-KERNELS = ("up", "up_backward", "down", "down_backward", "dw1", "dw2")
+KERNELS = (
+    "up",
+    "up_backward",
+    "up_specialized",
+    "up_backward_specialized",
+    "down",
+    "down_backward",
+    "dw1",
+    "dw2",
+)
 
 
 def candidates(kernel: str, shape: Shape) -> list[Tile]:
@@ -67,6 +77,16 @@ def candidates(kernel: str, shape: Shape) -> list[Tile]:
         # with one store less, a large tile for all registers may win again
         found += [Tile(256, 64, 8, s, 1, 8, 8, gathered=True) for s in (3, 4) if not gated]
         return [tile._replace(saves_activation=saves) for tile in found for saves in yes_or_no]
+    if kernel.endswith("_specialized"):
+        if gated or specialized.gluon() is None:
+            return []
+        if kernel == "up_specialized":
+            found = [Tile(256, d, 4, s, gathered=True, registers=240) for d, s in ((64, 4), (32, 8))]
+            found += [Tile(256, d, 4, s, registers=232) for d, s in ((64, 4), (32, 8))]
+        else:
+            found = [Tile(256, d, 4, s, registers=240) for d, s in ((64, 4), (32, 8))]
+            found += [Tile(128, d, 4, s, registers=240, take_turns=True) for d, s in ((64, 5), (32, 10))]
+        return [tile for tile in found if specialized.fits(tile, shape.dim, shape.width)]
     if kernel in ("down", "down_backward"):
         found = [Tile(256, 64, 8, s, 1, 8, flatten=f) for s, f in product((3, 4), (False, True))]
         found += [
@@ -126,6 +146,26 @@ def case(kernel: str, shape: Shape, tokens: int, dtype: torch.dtype) -> tuple[Ca
             )  # fmt: skip
 
         return with_gather, None
+    if kernel == "up_specialized":
+        up = partial(specialized.up, token_R=token_R, w=w1, table=table, kind=kind, save=True, activate=True,
+                     weight_R=weight_R)  # fmt: skip
+        tile_else = launch.choose("up", x.device, dtype, D, width)
+        return (
+            lambda tile: up(launch.gather(x, token_R, end_E) if tile.gathered else x, tile=tile),
+            lambda: launch.up(
+                x, token_R, w1, None, None, None, None, table, kind, weight_R=weight_R, tile=tile_else
+            ),
+        )
+    if kernel == "up_backward_specialized":
+        # with gathered rows, which dw2 needs anyhow, and into other memory than h's, as the operator has it
+        g_RD, dh = launch.gather(x, token_R, end_E), random(R, width)
+        tile_else = launch.choose("up_backward", x.device, dtype, D, width)
+        return (
+            lambda tile: specialized.up_backward(g_RD, w2, weight_R, h, table, kind, dh, tile),
+            lambda: launch.up_backward(
+                x, token_R, w2, None, weight_R, h, None, table, kind, g_RD, tile_else, False, dh
+            ),
+        )
     if kernel == "down":
         ours = lambda tile: launch.rows(h, w2, None, None, None, end_E, table, False, tile=tile)
         return ours, lambda: F.grouped_mm(h, w2, offs=end_E)
@@ -195,10 +235,13 @@ def main() -> None:
         gated = shape.ffn_type == "swiglu"
         products = 2 if gated and kernel in ("up", "down_backward") else 1
         flops = 2 * shape.tokens * shape.top_k * shape.dim * shape.width * products
+        if not candidates(kernel, shape):
+            continue
+        other = "else" if kernel.endswith("_specialized") else "grouped_mm"
         ours, torchs = case(kernel, shape, shape.tokens, torch.bfloat16)
         times = []
         if torchs is not None:
-            times.append((milliseconds_of(torchs), "grouped_mm"))
+            times.append((milliseconds_of(torchs), other))
         for tile in candidates(kernel, shape):
             if failure := failures[name, kernel, tile]:
                 times.append((float("inf"), f"{tuple(tile)} {failure}"))
@@ -212,7 +255,7 @@ def main() -> None:
                 for tile in of_this[:1]:
                     times.append((milliseconds_of(partial(ours, tile)), tuple(tile)))
             times.sort(key=lambda pair: pair[0])
-        told = [pair for pair in times[chosen.best :] if pair[1] == "grouped_mm"]
+        told = [pair for pair in times[chosen.best :] if pair[1] == other]
         if kernel == "up_backward":  # the fastest of each way
             ways = {Tile(*what)[-2:]: (ms, what) for ms, what in reversed(times) if isinstance(what, tuple)}
             told += [pair for pair in ways.values() if pair not in times[: chosen.best]]
@@ -227,7 +270,7 @@ def main() -> None:
         if chosen.write:
             best = times[0][1]
             key = kernel + ("_gated" if gated and kernel in ("up", "up_backward") else "")
-            update(key, shape, None if best == "grouped_mm" else Tile(*best))
+            update(key, shape, None if best == other else Tile(*best))
         del ours, torchs
         torch.cuda.empty_cache()
 

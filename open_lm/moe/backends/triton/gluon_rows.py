@@ -12,6 +12,7 @@ Shapes: T tokens, D model width, E experts, F expert width, R rows, M tiles of r
 # Kernels are in Gluon's language, which only looks like Python.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false, reportReturnType=false
 # pyright: reportAttributeAccessIssue=false, reportOperatorIssue=false, reportIndexIssue=false
+# pyright: reportAssignmentType=false
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -101,7 +101,7 @@ def up(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(h_RF and, if gated, u_RF, if `save`; a_RF, if `activate`, times weight_R): see `rows.up_kernel`."""
     R, (_, D, width) = token_R.numel(), w.shape
-    if tile is None and v is None and b is None and c is None and scale_R is None:
+    if tile is None and kind in specialized.KINDS and b is None and scale_R is None:
         special = specialized.tile_of("up", x_TD.device, x_TD.dtype, D, width)
         if special is not None:
             # the table's last number is that of real rows
@@ -133,7 +133,7 @@ def up_backward(
     `rows.up_backward_kernel`. dh and du are new, or the tensors that are given, which may be h and u.
     """
     R, (_, width, D) = token_R.numel(), w2.shape
-    if tile is None and u is None and b2 is None and g_RD is not None and not activate:
+    if tile is None and kind in specialized.KINDS and b2 is None and g_RD is not None and not activate:
         special = specialized.tile_of("up_backward", g_TD.device, g_TD.dtype, D, width)
         if special is not None:
             dh = torch.empty_like(h) if dh is None else dh

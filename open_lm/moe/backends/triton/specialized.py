@@ -20,6 +20,8 @@ from open_lm.moe.backends.triton.table import Tile, choose, interpreted
 
 TRITON = (3, 6)
 """The release of Triton whose Gluon this is."""
+KINDS = ("gelu",)
+"""The kinds of experts that have run with them; the others that are not gated compile."""
 
 
 @cache

@@ -44,13 +44,12 @@ class Tile(NamedTuple):
     """The most registers a thread may have."""
     rows: int = 128
     """Rows of a tile; of the kernels that run over rows all have `block_rows`."""
+    take_turns: bool = False
+    """up_backward_specialized: whether each of the two consumers has every second tile, not half of each."""
     saves_activation: bool = False
     """up_backward: whether forward saves weight * activation for dw2, which it else computes again and stores."""
     in_place: bool = False
     """up_backward: whether gradients take the memory of the pre-activations that were saved."""
-    take_turns: bool = False
-    """up_specialized, up_backward_specialized: whether each of the two consumers has every second tile, not half of
-    each."""
 
 
 SMALL = Tile(32, 16, 4, 1, group=2, parts=2, rows=32, chunks=3)  # the interpreter's
@@ -85,7 +84,9 @@ def block_rows(dtype: torch.dtype) -> int:
 
 @cache
 def hopper_table() -> dict[str, list[tuple[int, int, Tile | None]]]:
-    """Kernel → (D, F, tile) measured on an H100 in bfloat16; None: torch's grouped_mm was faster, with a gather."""
+    """Kernel → (D, F, tile) measured on an H100 in bfloat16; None: torch's grouped_mm was faster, with a gather, or
+    beside a kernel of `specialized` that of `rows`.
+    """
     entries = json.loads(HOPPER.read_text(encoding="utf-8"))
     return {
         kernel: [(D, F, None if tile is None else Tile(**tile)) for D, F, tile in rows]
