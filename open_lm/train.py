@@ -40,7 +40,9 @@ from open_lm.parallel.plan import autocast, no_sync, routers
 from open_lm.parallel.watch import StopAsked
 from open_lm.skips import BadSamples, keep_statistics, look_at
 
-LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
+LOOK_EVERY = (
+    100  # steps between looks at whether updates were skipped: without a log line, they wait for the GPU
+)
 
 
 def accumulate_gradients(
@@ -299,6 +301,7 @@ def train(
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
         if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
             look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
+            clock.lap("look_time")  # the wait for the GPU is not one for data
             if skips.longest_row >= optim.max_skipped_updates:
                 seed_randomness_(optim.seed, step, world.rank)
                 randomness = torch.get_rng_state()
