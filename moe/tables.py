@@ -389,6 +389,26 @@ def corpus() -> tuple[str, bool]:
     return markdown(head, rows), agree
 
 
+def saves() -> tuple[str, bool]:
+    """What saving costs the loop: the newest per model of `python moe/save.py --record moe/records/save.jsonl`."""
+    newest = {(r["model"], r["experts"], r["device"]): r for r in read_records("save")}
+    rows = []
+    for (model, experts, _), r in newest.items():
+        written = statistics.median(r["write_seconds"])
+        rows.append(
+            [f"{model}, {'dense' if experts == 1 else f'{experts} experts'}", f"{r['bytes'] / 1e9:.2f}",
+             f"{r['step_seconds']:.3f}", f"{max(r['stall_seconds']):.3f}", f"{max(r['lost_seconds']):.3f}",
+             f"{written:.1f}"]
+        )  # fmt: skip
+    head = ["", "GB", "a step, s", "stall, s", "slower in all, s", "written in, s"]
+    last = list(newest.values())[-1]
+    note = (
+        "The worst of each run's saves, of weights and both moments; slower in all: by how much the steps were, while "
+        f"it was written. {last['device']}, torch {last['torch']}, commit {last['commit']}."
+    )
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
 def faults() -> tuple[str, bool]:
     """What `make faults` showed: moe/records/faults.json, by `python -m tests.faults --output` this file."""
     record = json.loads((RECORDS / "faults.json").read_text())
@@ -416,6 +436,7 @@ TABLES = {
         reading,
         tokenizing,
         corpus,
+        saves,
         faults,
     )
 }
