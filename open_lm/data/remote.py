@@ -32,6 +32,7 @@ PIPE = "pipe:"
 PART_BYTES = 16 * 2**20
 S3_CONNECTIONS = 64  # of a process: rows of a batch and parts of files at the same time
 REFETCHES = 2  # of a whole file that came, and is not what it should be
+REMEDY = ": put the right file there, or write the manifest anew (python -m open_lm.data.index)"
 # What the commands of cloud stores and curl print about what will not change; 126 and 127 are the shell's.
 LASTING_OUTPUT = re.compile(
     r"\((401|403|404)\)|error: 40[134]\b|AccessDenied|Forbidden|NoSuch(Key|Bucket)|Unable to locate credentials"
@@ -173,7 +174,7 @@ def fetch(
         logger.warning("%s: %s, fetch %d of %d", redact(url), difference, attempt, REFETCHES + 1)
     raise OSError(
         f"shard {redact(url)}: {difference}, after {REFETCHES + 1} fetches: the file is damaged, or it was "
-        "replaced and the manifest was not"
+        f"replaced and the manifest was not{REMEDY}"
     )
 
 
