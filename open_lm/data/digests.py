@@ -29,7 +29,7 @@ def digest_shard(pieces: Iterable[np.ndarray]) -> str:
     """Of all tokens of a shard, given in order."""
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(piece)
+        digest.update(piece.data)
     return digest.hexdigest()[:DIGITS]
 
 

@@ -245,7 +245,7 @@ class SequenceReader:
                     )
             except UnreadableSample as error:
                 if not self.ignore_parse_errors:
-                    raise
+                    raise UnreadableSample(f"{error} (--ignore-parse-errors skips such samples)") from error
                 row_L[:] = 0
                 bad.append(str(error))
         if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:

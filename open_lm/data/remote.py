@@ -266,10 +266,21 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
 
         limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
         options["client_kwargs"] = {"timeout": limit}
-    file_system, path = fsspec.core.url_to_fs(url, **options)
+    if "::" in url and not is_chain(url):  # fsspec takes all for chains
+        file_system, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+        path = file_system._strip_protocol(url)
+    else:
+        file_system, path = fsspec.core.url_to_fs(url, **options)
     if hasattr(file_system, "retries"):  # s3fs's own attempts, which would multiply ours
         file_system.retries = 1
     return file_system, path
+
+
+def is_chain(url: str) -> bool:
+    """Whether `::` joins fsspec's file systems (simplecache::s3://…, zip://a.tar::s3://…) and is not a part of an
+    object's name (s3://bucket/a::b.tar)."""
+    first, _, rest = url.partition("::")
+    return "://" not in first or "://" in rest
 
 
 def run_command(url: str, file: BufferedRandom, patience: Patience) -> None:
