@@ -67,7 +67,7 @@ def accumulate_gradients(
     if tokens == 0:
         raise DataError(
             "a batch has not one token to train on: all its samples are shorter than the model's "
-            f"{config.seq_len} + 1 tokens, unreadable or masked (python -m open_lm.data.inspect --verify names them)"
+            f"{config.seq_len} + 1 tokens, unreadable or masked: give longer ones, or fewer masks"
         )
     # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
     per_token = world.world_size / tokens
