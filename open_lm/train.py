@@ -16,6 +16,7 @@ from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
 from open_lm.data.batches import Batch
+from open_lm.data.errors import DataError, of_data
 from open_lm.data.waiting import LEFT, Left, waiting
 from open_lm.debug import end_skipping
 from open_lm.log import Log, logger
@@ -66,9 +67,9 @@ def accumulate_gradients(
     at = world.watch.at
     tokens, n_bad, _ = agreed or agree(batch, stops=False)
     if tokens == 0:
-        raise ValueError(
-            f"a batch has not one token to train on: all its samples are shorter than the model's "
-            f"{config.seq_len} + 1 tokens, unreadable or masked"
+        raise DataError(
+            "a batch has not one token to train on: all its samples are shorter than the model's "
+            f"{config.seq_len} + 1 tokens, unreadable or masked: give longer ones, or fewer masks"
         )
     # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
     per_token = world.world_size / tokens
@@ -246,7 +247,7 @@ def train(
     show = log.progress(schedule.end_step, progress.step)
     model.train()
     watch.at("starting", progress.step)
-    for batch in waiting(batches, watch.asked):
+    for batch in waiting(of_data(batches), watch.asked):
         step = progress.step
         clock.lap("data_time")
         watch.at("agreeing", step)

@@ -22,7 +22,6 @@ from open_lm.data.manifest import Shard, Source
 from open_lm.data.randomness import draw
 from open_lm.data.ranges import (
     CONNECTIONS,
-    NotAsPromised,
     RangedShard,
     Threads,
     find_ranged,
@@ -129,7 +128,7 @@ class OpenShards:
         for reader, future in keeping:
             try:
                 future.result()
-            except (FileNotFoundError, NotAsPromised):  # the whole shard tells what is wrong, if it is
+            except FileNotFoundError:  # the whole shard tells what is wrong, if it is
                 if self.readers.get(reader.url) is reader:
                     self.replace(reader)
         for reader, _ in readers:
@@ -246,7 +245,7 @@ class SequenceReader:
                     )
             except UnreadableSample as error:
                 if not self.ignore_parse_errors:
-                    raise
+                    raise UnreadableSample(f"{error} (--ignore-parse-errors skips such samples)") from error
                 row_L[:] = 0
                 bad.append(str(error))
         if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:

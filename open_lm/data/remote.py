@@ -32,6 +32,7 @@ PIPE = "pipe:"
 PART_BYTES = 16 * 2**20
 S3_CONNECTIONS = 64  # of a process: rows of a batch and parts of files at the same time
 REFETCHES = 2  # of a whole file that came, and is not what it should be
+REMEDY = ": put the right file there, or write the manifest anew (python -m open_lm.data.index)"
 # What the commands of cloud stores and curl print about what will not change; 126 and 127 are the shell's.
 LASTING_OUTPUT = re.compile(
     r"\((401|403|404)\)|error: 40[134]\b|AccessDenied|Forbidden|NoSuch(Key|Bucket)|Unable to locate credentials"
@@ -173,7 +174,7 @@ def fetch(
         logger.warning("%s: %s, fetch %d of %d", redact(url), difference, attempt, REFETCHES + 1)
     raise OSError(
         f"shard {redact(url)}: {difference}, after {REFETCHES + 1} fetches: the file is damaged, or it was "
-        "replaced and the manifest was not"
+        f"replaced and the manifest was not{REMEDY}"
     )
 
 
@@ -265,10 +266,21 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
 
         limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
         options["client_kwargs"] = {"timeout": limit}
-    file_system, path = fsspec.core.url_to_fs(url, **options)
+    if "::" in url and not is_chain(url):  # fsspec takes all for chains
+        file_system, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+        path = file_system._strip_protocol(url)
+    else:
+        file_system, path = fsspec.core.url_to_fs(url, **options)
     if hasattr(file_system, "retries"):  # s3fs's own attempts, which would multiply ours
         file_system.retries = 1
     return file_system, path
+
+
+def is_chain(url: str) -> bool:
+    """Whether `::` joins fsspec's file systems (simplecache::s3://…, zip://a.tar::s3://…) and is not a part of an
+    object's name (s3://bucket/a::b.tar)."""
+    first, _, rest = url.partition("::")
+    return "://" not in first or "://" in rest
 
 
 def run_command(url: str, file: BufferedRandom, patience: Patience) -> None:

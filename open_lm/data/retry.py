@@ -23,7 +23,8 @@ PASSING_CODES = {"RequestTimeout", "Throttling", "ThrottlingException", "TooMany
 PASSING_STATUSES = {408, 425, 429}
 # Names, as the packages that define them (botocore, aiohttp, http.client) may be missing.
 PASSING_CLASSES = {
-    "HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"
+    "HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException",
+    "FlexibleChecksumError",  # S3's own checksum of an object, which it sends with the whole of it
 }  # fmt: skip
 LASTING_CLASSES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LOCAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
