@@ -403,8 +403,8 @@ def saves() -> tuple[str, bool]:
     head = ["", "GB", "a step, s", "stall, s", "slower in all, s", "written in, s"]
     last = list(newest.values())[-1]
     note = (
-        "The worst of each run's saves, of weights and both moments; slower in all: by how much the steps were, while "
-        f"it was written. {last['device']}, torch {last['torch']}, commit {last['commit']}."
+        "The worst of each run's saves, of weights and both moments; slower in all: by how much the steps were, "
+        f"while it was written. {last['device']}, torch {last['torch']}, commit {last['commit']}."
     )
     return f"{markdown(head, rows)}\n\n{note}", True
 

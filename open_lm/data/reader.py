@@ -35,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
-RANGED_SHARE = 128  # no more than a 128th of a shard's rows, and those of a batch, are read by ranges
+# What a request costs, in bytes of a whole shard: 3 ms of CPU, 50 on the way, in which some MB come. When those of
+# a shard's rows have cost as much as all of it, it is waited for.
+REQUEST_BYTES = 4 * 2**20
 FETCHES = 4  # whole shards at a time, beside those that are read ahead
 
 Reader = ShardReader | BinarySequences
@@ -113,7 +115,9 @@ class OpenShards:
                 self.put(ranged)
         for shard in sequences:  # who is faster than the fetch waits: requests, and their bytes, stay few
             reader = self.readers.get(shard.url)
-            if isinstance(reader, RangedShard) and len(reader.given) > reader.layout.count // RANGED_SHARE:
+            if isinstance(reader, RangedShard) and len(reader.given) * REQUEST_BYTES > (
+                reader.found.size or 0
+            ):
                 self.replace(reader)
         readers = [
             (reader, sequences[shard])

@@ -80,7 +80,7 @@ def held(monkeypatch, fetches_end):
 
     monkeypatch.setattr(reader, "open_shard", hold)
     monkeypatch.setattr(
-        reader, "RANGED_SHARE", 16
+        reader, "REQUEST_BYTES", 2**13
     )  # of so small shards more rows than else may come by ranges
     yield waiting
     waiting.clear()
