@@ -5,7 +5,8 @@
 Each row is one run of the ordinary command on synthetic tokens that saves its state (weights, moments of AdamW)
 every few steps. `stall` is what the run itself logs; `lost` is found from outside: by how much steps between
 the beginning of a save and its end took longer than the median of the others, so that it also sees a loop which
-the writing thread slows down.
+the writing thread slows down. Saves that come faster than they are written wait for one another, and that counts
+as stall: give --every more steps than `write` takes.
 """
 
 import json

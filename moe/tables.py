@@ -339,12 +339,25 @@ def reading() -> tuple[str, bool]:
         f"{settings['shards']} shards, batches of {settings['batch']}, no worker processes, warm page cache, "
         f"best of {settings['repeats']} (S3: one run). S3 is a server on loopback ({settings['server']}), which "
         f"shares the cores. A loop that takes {settings['rate'] / 1e6:g} M tokens/s, with a worker process, waits "
-        f"for our batches {record['waiting']['share']:.2%} of its time. {record['cores']} cores, "
-        f"load {before:.1f} before and {after:.1f} after."
+        f"for our batches {record['waiting']['share']:.2%} of its time{waiting_on_a_gpu()}. "
+        f"{record['cores']} cores, load {before:.1f} before and {after:.1f} after."
     )
     head = ["", "M tokens/s a core", "first batch, s", "resume at 90 %, s", "peak MB", "S3: first batch, s",
             "S3: whole pass, s", "of it the server's CPU, s", "S3: peak MB"]  # fmt: skip
     return f"{markdown(head, rows)}\n\n{note}", True
+
+
+def waiting_on_a_gpu() -> str:
+    """Of bench/records/waiting_h100.jsonl, the log of a training run: steps before 40 are not counted."""
+    first, *lines = read_records("waiting_h100", DATA_RECORDS)
+    windows = [line for line in lines if "train/data_time" in line and line["step"] > 40]
+    mean = lambda key: statistics.mean(line[key] for line in windows)
+    run = first["run"]
+    return (
+        f"; training {run['flags']['model']} on one {run['device'].removeprefix('NVIDIA ').split()[0]}, "
+        f"{mean('train/tokens_per_second') / 1e6:.2f} M tokens/s with {run['flags']['workers']} worker, waits "
+        f"{mean('train/data_time') / mean('train/batch_time'):.2%} of it (commit {run['commit']})"
+    )
 
 
 def tokenizing() -> tuple[str, bool]:
@@ -389,6 +402,26 @@ def corpus() -> tuple[str, bool]:
     return markdown(head, rows), agree
 
 
+def saves() -> tuple[str, bool]:
+    """What saving costs the loop: the newest per model of `python moe/save.py --record moe/records/save.jsonl`."""
+    newest = {(r["model"], r["experts"], r["device"]): r for r in read_records("save")}
+    rows = []
+    for (model, experts, _), r in newest.items():
+        written = statistics.median(r["write_seconds"])
+        rows.append(
+            [f"{model}, {'dense' if experts == 1 else f'{experts} experts'}", f"{r['bytes'] / 1e9:.2f}",
+             f"{r['step_seconds']:.3f}", f"{max(r['stall_seconds']):.3f}", f"{max(r['lost_seconds']):.3f}",
+             f"{written:.1f}"]
+        )  # fmt: skip
+    head = ["", "GB", "a step, s", "stall, s", "slower in all, s", "written in, s"]
+    last = list(newest.values())[-1]
+    note = (
+        "The worst of each run's saves, of weights and both moments; slower in all: by how much the steps were, "
+        f"while it was written. {last['device']}, torch {last['torch']}, commit {last['commit']}."
+    )
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
 def faults() -> tuple[str, bool]:
     """What `make faults` showed: moe/records/faults.json, by `python -m tests.faults --output` this file."""
     record = json.loads((RECORDS / "faults.json").read_text())
@@ -416,6 +449,7 @@ TABLES = {
         reading,
         tokenizing,
         corpus,
+        saves,
         faults,
     )
 }

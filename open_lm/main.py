@@ -24,6 +24,7 @@ from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.config.survival import after_restart
+from open_lm.data.errors import DataError
 from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, folder_of, leave_later, own, prepare
 from open_lm.log import Log, logger
@@ -85,10 +86,15 @@ def command() -> None:
     """`main` as a process: what ends it is shown without secrets, also by torchrun, as its last words."""
     arguments, sys.argv = sys.argv, list(map(redact, sys.argv))
     hide_arguments(arguments)
-    sys.excepthook = lambda kind, error, trace: print(
-        redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True
-    )
-    record(functools.partial(main, ends=True), Recorder())(arguments[1:])
+    sys.excepthook = lambda kind, error, trace: print(show(error), file=sys.stderr, flush=True)
+    record(functools.partial(main, ends=True), Recorder(show))(arguments[1:])
+
+
+def show(error: BaseException) -> str:
+    """What ended the run: of an error of data its message, of others the traceback; without secrets."""
+    if isinstance(error, DataError):
+        return redact(f"open_lm.main: error: {error}")
+    return redact("".join(traceback.format_exception(error))).removesuffix("\n")
 
 
 def execute(job: Job) -> None:
@@ -146,7 +152,8 @@ def execute(job: Job) -> None:
             log.failure(str(end.__cause__))
         raise
     except Exception as error:
-        log.failure(f"{type(error).__name__}: {error}")
+        logger.debug("where it was raised", exc_info=error)
+        log.failure(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise
     finally:

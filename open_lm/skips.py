@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from open_lm.data.errors import DataError
 from open_lm.log import logger
 from open_lm.metrics import Progress, Skips
 from open_lm.optim import LossSpikes
@@ -29,7 +30,7 @@ class BadSamples:
         """Of `step` (from 1): the number over all ranks, and this rank's own; `total` is the run's so far.
         Collective where something is to be named.
 
-        RuntimeError, on all ranks, when the run has more than the limit.
+        DataError, on all ranks, when the run has more than the limit.
         """
         too_many = self.limit is not None and total > self.limit
         if not n_bad or (len(self.named) >= NAMED_SAMPLES and not too_many):
@@ -42,7 +43,7 @@ class BadSamples:
                 if len(self.named) == NAMED_SAMPLES:
                     logger.warning("further bad samples are only counted")
         if too_many:
-            raise RuntimeError(
+            raise DataError(
                 f"--bad-sample-limit {self.limit}: step {step} brings the run's bad samples to "
                 f"{total}; the last one: {samples[-1] if samples else 'unnamed'}"
             )

@@ -16,6 +16,7 @@ from open_lm.config.optim import OptimConfig
 from open_lm.config.schedule import Batch as BatchPlan
 from open_lm.config.schedule import Schedule
 from open_lm.data.batches import Batch
+from open_lm.data.errors import DataError, of_data
 from open_lm.data.waiting import LEFT, Left, waiting
 from open_lm.debug import end_skipping
 from open_lm.log import Log, logger
@@ -40,7 +41,9 @@ from open_lm.parallel.plan import autocast, no_sync, routers
 from open_lm.parallel.watch import StopAsked
 from open_lm.skips import BadSamples, keep_statistics, look_at
 
-LOOK_EVERY = 25  # steps between looks at whether updates are being skipped, which wait for the GPU
+LOOK_EVERY = (
+    100  # steps between looks at whether updates were skipped: without a log line, they wait for the GPU
+)
 
 
 def accumulate_gradients(
@@ -64,9 +67,9 @@ def accumulate_gradients(
     at = world.watch.at
     tokens, n_bad, _ = agreed or agree(batch, stops=False)
     if tokens == 0:
-        raise ValueError(
-            f"a batch has not one token to train on: all its samples are shorter than the model's "
-            f"{config.seq_len} + 1 tokens, unreadable or masked"
+        raise DataError(
+            "a batch has not one token to train on: all its samples are shorter than the model's "
+            f"{config.seq_len} + 1 tokens, unreadable or masked: give longer ones, or fewer masks"
         )
     # DDP and FSDP average gradients over ranks; each rank's share of the token sum is undone by world_size.
     per_token = world.world_size / tokens
@@ -244,7 +247,7 @@ def train(
     show = log.progress(schedule.end_step, progress.step)
     model.train()
     watch.at("starting", progress.step)
-    for batch in waiting(batches, watch.asked):
+    for batch in waiting(of_data(batches), watch.asked):
         step = progress.step
         clock.lap("data_time")
         watch.at("agreeing", step)
@@ -299,6 +302,7 @@ def train(
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
         if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
             look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
+            clock.lap("look_time")  # the wait for the GPU is not one for data
             if skips.longest_row >= optim.max_skipped_updates:
                 seed_randomness_(optim.seed, step, world.rank)
                 randomness = torch.get_rng_state()

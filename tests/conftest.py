@@ -126,6 +126,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     import s3fs
     from moto.server import ThreadedMotoServer
 
+    from open_lm.data import s3
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -138,6 +140,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     }.items():
         monkeypatch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()
+    s3.forget()
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
 
@@ -150,4 +153,5 @@ def bucket(monkeypatch: pytest.MonkeyPatch):
     yield upload
     client.close()
     s3fs.S3FileSystem.clear_instance_cache()
+    s3.forget()
     server.stop()

@@ -22,6 +22,7 @@ OPTIONAL = {
     "wandb",
     "xformers",
     "s3fs",
+    "botocore",
     "tokenizers",
     "webdataset",
     "megablocks",

@@ -28,12 +28,14 @@ from torch.distributed.tensor import DTensor
 from open_lm import checkpoint, loss, optim
 from open_lm.averaging import Average
 from open_lm.checkpoint import files, state
+from open_lm.checkpoint.tensors import padded, share, tensors_to_save
 from open_lm.config.averaging import Averager
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.config.optim import OptimConfig
 from open_lm.parallel import mesh, plan
+from open_lm.parallel.plan import unwrap
 
 SPARSE = ModelConfig(
     dim=32, n_layers=2, n_heads=2, seq_len=16, vocab_size=64, weight_tying=True,
@@ -183,6 +185,28 @@ def test_any_number_of_ranks_loads_what_any_number_saved(tmp_path, spawn):
         alone, alone_optimizer = make(seed=4)
         checkpoint.load_training_state(tmp_path / kind / "epoch_1.pt", alone, alone_optimizer)
         assert contents(alone, alone_optimizer) == results[f"{kind} saved"]
+
+
+def reserve_and_save(folder):
+    """[(bytes reserved before the first step, bytes that its save took)] of both layouts."""
+    world, found = mesh.start(FSDP), []
+    for kind, distributed in (("ddp", PLAIN), ("fsdp", FSDP)):
+        model, optimizer = make(world=world, distributed=distributed, seed=2)
+        saver = checkpoint.Saver(Path(folder, kind), model=model, optimizer=optimizer)
+        reserved, address = len(saver.staging._memory), saver.staging._memory.data_ptr()
+        train(model, optimizer, range(2))
+        tensors = saver.staging.copy(share(tensors_to_save(unwrap(model), optimizer, ())))
+        assert saver.staging._memory.data_ptr() == address, (
+            "a GPU locks memory for seconds: not while it trains"
+        )
+        found.append((reserved, sum(padded(tensor.nbytes) for tensor in tensors.values())))
+    return found
+
+
+def test_memory_for_a_save_is_reserved_before_the_first_step(tmp_path, spawn):
+    for ranks in (1, 2):
+        for found in spawn(ranks, reserve_and_save, str(tmp_path)):
+            assert all(reserved == taken for reserved, taken in found), found
 
 
 def pass_on(start, folder):

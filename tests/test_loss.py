@@ -220,3 +220,17 @@ def test_fused_on_a_gpu(dtype, kernel, monkeypatch):
     tolerance = 1e-4 if dtype == torch.float32 else 1e-2
     for ours, true in zip(run(fused, True), run(plain, False), strict=True):
         assert (ours - true).norm() < tolerance * true.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gradient_is_not_taken_for_the_targets_logit():
+    """The gradient takes the logits' place: a warp that is late must not read it as the target's logit."""
+    from open_lm.loss import kernel
+
+    logits = torch.randn(8192, 50_432, device="cuda", dtype=torch.bfloat16) * 3
+    targets = torch.randint(0, 50_432, (8192,), device="cuda")
+    expected, _ = kernel.losses_(logits, targets, None, 0.0, -100, with_gradient=False)
+    for _ in range(50):
+        nll, _ = kernel.losses_(logits.clone(), targets, None, 0.0, -100, with_gradient=True)
+        assert torch.equal(nll, expected)

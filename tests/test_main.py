@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from open_lm.config import DistributedConfig
 from open_lm.main import agree, main
 from open_lm.parallel import mesh
+from open_lm.tokenize.shard_writer import write_shards
 
 MOE = "--moe-freq 2 --moe-num-experts 4"
 # One batch is 8 sequences of 16 tokens; an interval is 5 steps, the run is 20.
@@ -216,6 +218,27 @@ def test_two_ranks_refuse_with_one_message(sources, tmp_path) -> None:
     assert done.returncode != 0
     assert done.stderr.count("--moe-top-k 4 > --moe-num-experts 2") == 1
     assert "open_lm/main.py" not in done.stderr  # no traceback of ours above it
+
+
+@pytest.mark.parametrize("where", ["training", "evaluation"])
+def test_damaged_data_end_two_ranks_with_one_line(sources, tmp_path, where) -> None:
+    """Status 1, as of any failure in mid-run: 2 would say that nothing was begun."""
+    tokens_NL = np.random.default_rng(0).integers(0, 16, (64, 17))
+    tokens_NL[40, 7] = 60_000
+    write_shards(tmp_path / "data", tokens_NL, 64)
+    damaged = tmp_path / "data" / "manifest.jsonl"
+    data = f"--dataset-manifest {damaged if where == 'training' else sources[0]}"
+    data += f" --val-data {damaged}" if where == "evaluation" else ""
+    run = f"{RUN} {data} --multiple-data-passes --max-steps 20 --workers 1 --logs {tmp_path}/logs --name run"
+    done = torchrun(2, shlex.split(run))
+    text = done.stdout + done.stderr
+    assert done.returncode == 1
+    name = "shard_00000000.tar: sample 00000000_00000040.json.gz has token id 60000"
+    assert f"open_lm.main: error: shard {tmp_path}/data/{name}" in text
+    assert "exitcode  : 1" in text
+    assert "open_lm/main.py" not in text  # no traceback of ours
+    (failed,) = lines(tmp_path / "logs", key="failed")
+    assert name in failed["failed"]
 
 
 def test_synthetic_data_and_tools_that_fail(sources, tmp_path, monkeypatch, capsys) -> None:

@@ -30,6 +30,7 @@ from open_lm.checkpoint.tensors import (
     plan,
     sees_folder_of_first_rank,
     share,
+    tensors_to_expect,
     tensors_to_save,
     whole_bytes,
 )
@@ -100,10 +101,8 @@ class Saver:
         self._finished: list[Save] = []
         if in_background and self.is_shared:
             reshard_(model)
-            mine = share(tensors_to_save(bare, optimizer, averages))
-            moments = 0 if optimizer.state else 2 * sum(padded(local(p).nbytes) for p in bare.parameters())
-            size = sum(padded(local(t).nbytes) for t in mine.values()) + moments
-            self.staging.reserve(size)
+            mine = share(tensors_to_expect(bare, optimizer, averages))
+            self.staging.reserve(sum(padded(local(tensor).nbytes) for tensor in mine.values()))
 
     def save(self, content: dict[str, Any], *, number: int = 0, labels: Sequence[str] = ()) -> Save:
         """Begins to save the state and, for each label, epoch_LABEL.pt. Waits for the save before. Collective.

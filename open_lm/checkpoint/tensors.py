@@ -36,10 +36,27 @@ def tensors_to_save(
     model: Transformer, optimizer: torch.optim.Optimizer, averages: Sequence[Average]
 ) -> dict[str, Tensor]:
     """{key: tensor, sharded or not}; every rank's random state is its own, all else is the same on all ranks."""
+    return _tensors(model, lambda parameter: optimizer.state.get(parameter, {}), averages)
+
+
+def tensors_to_expect(
+    model: Transformer, optimizer: torch.optim.Optimizer, averages: Sequence[Average]
+) -> dict[str, Tensor]:
+    """As `tensors_to_save` after the first step; where AdamW has no state yet, tensors of its sizes."""
+
+    def expected(parameter: Tensor) -> Mapping[str, Tensor]:
+        step = torch.zeros((), device=parameter.device)
+        return optimizer.state.get(parameter) or {"step": step, "exp_avg": parameter, "exp_avg_sq": parameter}
+
+    return _tensors(model, expected, averages)
+
+
+def _tensors(
+    model: Transformer, state_of: Callable[[Tensor], Mapping[str, Tensor]], averages: Sequence[Average]
+) -> dict[str, Tensor]:
     tensors = {f"model/{name}": tensor for name, tensor in tensors_of(model).items()}
     for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer/{name}/{key}"] = value
+        tensors |= {f"optimizer/{name}/{key}": value for key, value in state_of(parameter).items()}
     for average in averages:
         tensors |= {f"average/{average.name}/{name}": tensor for name, tensor in average.weights.items()}
     return {key: tensor.detach() for key, tensor in tensors.items()} | random_state()

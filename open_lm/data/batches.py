@@ -7,6 +7,7 @@ Legend: B sequences of this rank's batch, S sequence length, L = S + 1 tokens of
 """
 
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,19 @@ def log_plainly(worker: int) -> None:
         logger.addHandler(logging.StreamHandler(sys.stderr))
 
 
+def next_rows(rows_of_items: Iterator, workers: int) -> Rows | Exception | None:
+    """The next item; None at the end. OSError: a worker process has died."""
+    try:
+        return next(rows_of_items, None)
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker .*(exited unexpectedly|is killed by signal)", str(error)):
+            raise
+        raise OSError(
+            f"a process that reads the data has died ({error}), as where memory runs out: --workers {workers} of "
+            "each rank hold batches in memory: take fewer, and look at the system's log"
+        ) from None
+
+
 def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> Iterator[Batch]:
     """The masked batches of these items in this order, read by `workers` processes (0: by this one).
 
@@ -164,7 +178,7 @@ def load(items: Dataset, numbers: Sequence[int], workers: int, masks: Masks) -> 
             )
         )
     try:
-        for rows in rows_of_items:
+        while (rows := next_rows(rows_of_items, workers)) is not None:
             if isinstance(rows, Exception):
                 raise rows
             yield make_batch(rows, masks)

@@ -18,6 +18,7 @@ from open_lm.data.manifest import Shard
 
 DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 BLOCK_BYTES = 512  # of a tar: a header, and what members are padded to
+CHECKSUM = slice(148, 156)  # of a header
 
 
 class UnreadableSample(ValueError):
@@ -111,15 +112,20 @@ def read_header(fd: int, offset: int) -> tuple[str, int | None]:
 
 
 def parse_header(header: bytes) -> tuple[str, int | None]:
-    """Name and size of a tar's member; ("", None) if this is no header."""
+    """Name and size of a tar's member; ("", None) if this is no header, or one that its checksum does not fit."""
     try:
-        if header[257:262] != b"ustar":
+        if header[257:262] != b"ustar" or sum_header(header) != int(header[CHECKSUM].rstrip(b"\0 "), 8):
             return "", None
         return header[:100].partition(b"\0")[0].decode(errors="replace"), int(
             header[124:136].rstrip(b"\0 "), 8
         )
     except ValueError:
         return "", None
+
+
+def sum_header(header: bytes) -> int:
+    """The checksum of a tar's header: of its bytes, where its own are taken as blanks."""
+    return sum(header) - sum(header[CHECKSUM]) + 8 * ord(" ")
 
 
 class BinarySequences(ABC):

@@ -2,8 +2,9 @@
 
     python -m open_lm.data.index 's3://bucket/data/shard_{00000000..00000031}.tar'
 
-counts the sequences of each tar, takes its size and sha256, finds the ending of its members and, if they are
-binary and alike, where they lie, and writes manifest.jsonl beside the tars. Remote tars pass through the cache.
+counts the sequences and tokens of each tar, takes its size and sha256, finds the ending of its members and, if they
+are binary and alike, where they lie and whether each carries a digest, and writes manifest.jsonl beside the tars.
+Remote tars pass through the cache.
 """
 
 import hashlib
@@ -20,10 +21,17 @@ from typing import Annotated
 
 import tyro
 
+from open_lm.data.binary import BinaryShard, UnreadableSample
+from open_lm.data.digests import find_digests
 from open_lm.data.manifest import Shard
 from open_lm.data.remote import Cache, find_file_system, is_local, list_matching, open_file
 from open_lm.data.retry import remote_errors
-from open_lm.data.shards import AUTO, check_count, find_layout, index_tar, open_shard
+from open_lm.data.shards import AUTO, ShardReader, check_count, find_layout, index_tar, open_shard
+
+FIELDS = (  # of a line, in their order
+    "num_sequences", "tokens", "bytes", "sha256", "sequence_tokens", "data_key",
+    "first_offset", "stride", "row_digests",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,28 +55,49 @@ class IndexConfig:
 
 
 def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
-    """The manifest line of a tar, but for the name. Errors as of `open_shard`, they name the tar."""
+    """The manifest line of a tar, but for the name. Errors as of `open_shard`, they name the tar; ValueError also
+    where a row is not what its own digest says."""
     fd = open_file(url, cache or Cache())
     try:
         index = index_tar(fd, url, key)
         check_count(url, index, key, None)
-        digest = hash_file(fd)
-        length = os.fstat(fd).st_size
-    finally:
+        layout = find_layout(index)
+        line: dict = {"num_sequences": len(index.offset_N), "bytes": os.fstat(fd).st_size}
+        line |= {"sha256": hash_file(fd)}
+        try:
+            row_digests = find_digests(fd, layout) if layout else None
+        except ValueError as error:
+            raise ValueError(f"shard {url}: {error}: the tar is damaged") from None
+    except BaseException:
         os.close(fd)
-    count = len(index.offset_N)
-    layout = find_layout(index)
-    is_gzipped = count and index.gzipped_N.all() and not index.key.endswith(".gz")
-    line: dict = {"num_sequences": count} | ({"tokens": count * layout.sequence_tokens} if layout else {})
-    line |= {"bytes": length, "sha256": digest}
-    line |= {"sequence_tokens": layout.sequence_tokens} if layout else {}
+        raise
+    reader = BinaryShard(url, fd, layout) if layout else ShardReader(url, fd, index)
+    line |= count_tokens(reader)
+    reader.close()
+    is_gzipped = index.gzipped_N.any() and index.gzipped_N.all() and not index.key.endswith(".gz")
     line |= {"data_key": f"{index.key}.gz" if is_gzipped else index.key}
     if layout:
         line |= {"first_offset": layout.first_offset, "stride": layout.stride}
+        line |= {"row_digests": row_digests} if row_digests else {}
         fields = {name: line[name] for name in Shard._fields if name in line}
         shard = Shard(url, **fields)
         open_shard(shard, key, cache).close()  # what is written must open
-    return line
+    return {name: line[name] for name in FIELDS if name in line}
+
+
+def count_tokens(reader: ShardReader | BinaryShard) -> dict:
+    """The tokens of all sequences, and of each if they are equally long; nothing, and a warning, where a sample
+    cannot be read."""
+    if isinstance(reader, BinaryShard):
+        lengths = Counter({reader.sequence_tokens: len(reader)})
+    else:
+        try:
+            lengths = Counter(len(reader[i]) for i in range(len(reader)))
+        except UnreadableSample as error:
+            print(f"warning: {error}; the shard's tokens are not counted", file=sys.stderr, flush=True)
+            return {}
+    counts = {"tokens": sum(length * count for length, count in lengths.items())}
+    return counts | ({"sequence_tokens": next(iter(lengths))} if len(lengths) == 1 else {})
 
 
 def hash_file(fd: int) -> str:

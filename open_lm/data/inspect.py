@@ -3,7 +3,8 @@
     python -m open_lm.data.inspect a/manifest.jsonl s3://bucket/b/manifest.jsonl --verify
 
 prints each source's counts, its share of the mix and a decoded sample; --verify reads every sample and compares
-every checksum. Exit status 1 if anything is damaged: each damage is one line that names the shard.
+every checksum and every row's digest. Exit status 1 if anything is damaged: each damage is one line that names the
+shard.
 """
 
 import functools
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from open_lm.data.binary import UnreadableSample
+from open_lm.data.binary import BinaryShard, UnreadableSample
+from open_lm.data.digests import find_faults
 from open_lm.data.index import hash_file
 from open_lm.data.manifest import Shard, Source, locate_beside, read_information, read_manifest
 from open_lm.data.order import normalize_weights
@@ -87,7 +89,7 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
             reader = open_shard(shard, key, Cache(Path(folder), 0, patience=patience or Patience()))
         except (ValueError, OSError, ImportError) as error:
             return Finding(damages=(str(error),))
-    damages, tokens, lowest, highest, unreadable, odd = [], 0, [], [], [], 0
+    damages, tokens, lowest, highest, unreadable, odd, odd_rows = [], 0, [], [], [], 0, []
     try:
         if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
             damages.append(
@@ -95,6 +97,11 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
             )
         if shard.sha256 not in (None, found := hash_file(reader.fd) if shard.sha256 else None):
             damages.append(f"shard {shard.url}: the manifest says sha256 {shard.sha256}, the tar has {found}")
+        if shard.row_digests and isinstance(reader, BinaryShard):
+            odd_rows = [
+                f"shard {shard.url}: {fault}"
+                for fault in find_faults(reader.fd, reader.layout, shard.row_digests)
+            ]
         for number in range(len(reader)):
             try:
                 tokens_L = reader[number]
@@ -110,9 +117,8 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
         damages.append(f"shard {shard.url}: {error}")
     finally:
         reader.close()
-    damages += unreadable[:NAMED_SAMPLES]
-    if len(unreadable) > NAMED_SAMPLES:
-        damages.append(f"shard {shard.url}: {len(unreadable):,} samples cannot be read in all")
+    damages += name_samples(shard, unreadable, "cannot be read")
+    damages += name_samples(shard, odd_rows, "are not what their digests say")
     if not unreadable and not odd and shard.tokens not in (None, tokens):
         damages.append(
             f"shard {shard.url}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
@@ -125,6 +131,13 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
     if vocab_size is not None and not -vocab_size <= low <= high < vocab_size:
         damages.append(f"shard {shard.url}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}")
     return Finding(tokens, low, high, tuple(damages))
+
+
+def name_samples(shard: Shard, damages: list[str], what: str) -> list[str]:
+    """The first of a shard's damages, and their number if there are more."""
+    if len(damages) <= NAMED_SAMPLES:
+        return damages
+    return [*damages[:NAMED_SAMPLES], f"shard {shard.url}: {len(damages):,} samples {what} in all"]
 
 
 def verify_source(source: Source, config: InspectConfig, vocab_size: int | None) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from open_lm.data.remote import PIPE, Patience, is_local, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride", "tokens")
-TEXTS = ("sha256", "data_key")
+TEXTS = ("sha256", "data_key", "row_digests")
 # The word of a command that names a manifest.
 PIPED = re.compile(r"""(?P<folder>(?:[^\s'"|;<>]*/)?)[^\s/'"|;<>]+\.jsonl(?=$|[\s'"|;<>])""")
 COUNT_KEYS = ("num_sequences", "num_chunks")  # the second is open_lm's old name
@@ -33,6 +33,8 @@ class Shard(NamedTuple):
     stride: int | None = None
     tokens: int | None = None
     """Of all sequences."""
+    row_digests: str | None = None
+    """The shard's digest, which each row's header repeats beside the row's own (open_lm.data.digests)."""
 
 
 class Source(NamedTuple):

@@ -6,8 +6,18 @@ from collections.abc import Iterator
 
 
 def expand(pattern: str) -> list[str]:
-    """Shard URLs of a pattern: `::` joins patterns; {00..09}, {0..9..3}, {a..c}, {x,y} expand as in bash."""
-    return [url for part in pattern.split("::") if part for url in expand_braces(part)]
+    """Shard URLs of a pattern: `::` joins patterns; {00..09}, {0..9..3}, {a..c}, {x,y} expand as in bash.
+
+    ValueError: what follows a URL looks like the rest of its name.
+    """
+    parts = [part for part in pattern.split("::") if part]
+    for before, part in itertools.pairwise(parts):
+        if "://" in before and not re.match(r"[.~]?/|\.\./|\w+://|pipe:", part):
+            raise ValueError(
+                f"{pattern}: `::` joins shards, and {part!r} is no URL as the one before it: write ./{part} for a "
+                "local file; a shard whose own name holds `::` can be named by a manifest, and in a glob as `:[:]`"
+            )
+    return [url for part in parts for url in expand_braces(part)]
 
 
 def expand_braces(text: str) -> Iterator[str]:

@@ -1,11 +1,13 @@
 """Rows of a remote shard before the shard is in the cache: read by byte ranges, so that a run begins at once.
 
 A batch's rows are scattered over many shards of which each is fetched whole, for later batches. Until a shard is
-there, the rows that a batch needs are asked for one by one, all at the same time. When it is there, what was given
-before is compared with it.
+there, the rows that a batch needs are asked for one by one, all at the same time, if each carries a digest
+(`digests`) that tells whether it is the right one. When the shard is there, what was given before is compared with
+it.
 """
 
 import functools
+import logging
 import os
 import queue
 import threading
@@ -25,9 +27,21 @@ from open_lm.data.binary import (
     promised_layout,
 )
 from open_lm.data.cache import Cache, path_in
+from open_lm.data.digests import find_fault, row_start
 from open_lm.data.manifest import Shard
-from open_lm.data.remote import PIPE, Found, find_remote, is_local, name_in_cache, read_part
+from open_lm.data.remote import (
+    PIPE,
+    REFETCHES,
+    REMEDY,
+    Found,
+    find_remote,
+    is_local,
+    name_in_cache,
+    read_part,
+)
 from open_lm.data.retry import Patience, retry
+
+logger = logging.getLogger(__name__)
 
 CONNECTIONS = 32  # requests at a time, of a process
 MERGE_BYTES = 16 * 2**10  # two rows no farther from each other are one request
@@ -77,10 +91,6 @@ class Threads:
             del future, task  # what they hold is not kept while there is nothing to do
 
 
-class NotAsPromised(OSError):
-    """A range that is not the row its manifest promises."""
-
-
 class RangedShard(BinarySequences):
     """A shard that is not in the cache: `read_into` gives rows that `keep` was given, or asks for them.
 
@@ -107,7 +117,7 @@ class RangedShard(BinarySequences):
 
     def span(self, sequence: int) -> tuple[int, int]:
         """Bytes of the tar that are the sequence and the header before it."""
-        start = self.layout.first_offset + sequence * self.layout.stride - BLOCK_BYTES
+        start = row_start(self.layout, sequence)
         return start, start + BLOCK_BYTES + self.layout.sequence_bytes
 
     def requests(self, sequences: Sequence[int]) -> list[list[int]]:
@@ -124,23 +134,29 @@ class RangedShard(BinarySequences):
         return groups
 
     def keep(self, sequences: Sequence[int]) -> None:
-        """Asks for the bytes from the first to the last of these, and keeps them until they are read.
+        """Asks for the bytes from the first to the last of these, and keeps them until they are read: again if any
+        is not what its digests say, up to 1 + REFETCHES times.
 
-        Errors as of `open_file`; NotAsPromised if they are not the rows that the manifest promises.
+        Errors as of `open_file`: OSError names the shard and the sample whose bytes were wrong each time.
         """
+        assert self.shard.row_digests is not None
         begin, end = self.span(sequences[0])[0], self.span(sequences[-1])[1]
         action = f"reading bytes {begin:,} to {end:,} of {self.found.size:,}"
-        data = memoryview(
-            retry(self.url, action, functools.partial(read_part, self.found, begin, end), self.patience)
+        fault = None
+        for attempt in range(1, REFETCHES + 2):
+            part = functools.partial(read_part, self.found, begin, end)
+            data = memoryview(retry(self.url, action, part, self.patience))
+            rows = {i: data[self.span(i)[0] - begin : self.span(i)[1] - begin] for i in sequences}
+            faults = (find_fault(row, self.layout, i, self.shard.row_digests) for i, row in rows.items())
+            fault = next(filter(None, faults), None)
+            if fault is None:
+                self.kept.update(rows)
+                return
+            logger.warning("%s: %s, fetch %d of %d", redact(self.url), fault, attempt, REFETCHES + 1)
+        raise OSError(
+            f"shard {redact(self.url)}: {fault}, after {REFETCHES + 1} fetches: the shard is damaged, or it was "
+            f"replaced and the manifest was not{REMEDY}"
         )
-        for sequence in sequences:
-            content = data[self.span(sequence)[0] - begin : self.span(sequence)[1] - begin]
-            name, size = parse_header(bytes(content[:BLOCK_BYTES]))
-            if size != self.layout.sequence_bytes or not name.endswith(f".{self.layout.key}"):
-                raise NotAsPromised(
-                    f"shard {redact(self.url)}: sample {sequence} is not where its manifest says"
-                )
-            self.kept[sequence] = content
 
     def read_into(self, tokens: np.ndarray, i: int, start: int = 0) -> None:
         """As BinaryShard's."""
@@ -173,11 +189,12 @@ class RangedShard(BinarySequences):
 
 
 def may_have_ranges(shard: Shard, cache: Cache) -> bool:
-    """Whether rows may be read by ranges: the manifest says where they lie, and the file system has ranges for
-    certain (a web server may send all of a file for each), and the shard will be kept once it is there."""
+    """Whether rows may be read by ranges: the manifest says where they lie and that they carry digests, the file
+    system has ranges for certain (a web server may send all of a file for each), and the shard will be kept once it
+    is there."""
     if is_local(shard.url) or shard.url.startswith((PIPE, "http://", "https://")) or not cache.limit_bytes:
         return False
-    return promised_layout(shard) is not None
+    return shard.row_digests is not None and promised_layout(shard) is not None
 
 
 def find_ranged(shard: Shard, cache: Cache) -> RangedShard | None:

@@ -22,7 +22,6 @@ from open_lm.data.manifest import Shard, Source
 from open_lm.data.randomness import draw
 from open_lm.data.ranges import (
     CONNECTIONS,
-    NotAsPromised,
     RangedShard,
     Threads,
     find_ranged,
@@ -36,7 +35,9 @@ logger = logging.getLogger(__name__)
 
 # A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
 GONE_RETRIES = 2
-RANGED_SHARE = 128  # no more than a 128th of a shard's rows, and those of a batch, are read by ranges
+# What a request costs, in bytes of a whole shard: 3 ms of CPU, 50 on the way, in which some MB come. When those of
+# a shard's rows have cost as much as all of it, it is waited for.
+REQUEST_BYTES = 4 * 2**20
 FETCHES = 4  # whole shards at a time, beside those that are read ahead
 
 Reader = ShardReader | BinarySequences
@@ -114,7 +115,9 @@ class OpenShards:
                 self.put(ranged)
         for shard in sequences:  # who is faster than the fetch waits: requests, and their bytes, stay few
             reader = self.readers.get(shard.url)
-            if isinstance(reader, RangedShard) and len(reader.given) > reader.layout.count // RANGED_SHARE:
+            if isinstance(reader, RangedShard) and len(reader.given) * REQUEST_BYTES > (
+                reader.found.size or 0
+            ):
                 self.replace(reader)
         readers = [
             (reader, sequences[shard])
@@ -129,7 +132,7 @@ class OpenShards:
         for reader, future in keeping:
             try:
                 future.result()
-            except (FileNotFoundError, NotAsPromised):  # the whole shard tells what is wrong, if it is
+            except FileNotFoundError:  # the whole shard tells what is wrong, if it is
                 if self.readers.get(reader.url) is reader:
                     self.replace(reader)
         for reader, _ in readers:
@@ -246,7 +249,7 @@ class SequenceReader:
                     )
             except UnreadableSample as error:
                 if not self.ignore_parse_errors:
-                    raise
+                    raise UnreadableSample(f"{error} (--ignore-parse-errors skips such samples)") from error
                 row_L[:] = 0
                 bad.append(str(error))
         if self.vocab_size <= np.iinfo(self.dtype).max and tokens_BL.max(initial=0) >= self.vocab_size:

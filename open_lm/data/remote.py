@@ -1,4 +1,4 @@
-"""Files behind URLs: local paths, whatever fsspec knows (s3:// through s3fs, http), and `pipe:COMMAND`.
+"""Files behind URLs: local paths, s3:// (read by `s3`, else through s3fs), whatever fsspec knows, `pipe:COMMAND`.
 
 Remote files are fetched whole, in parts, into the cache: a sequence may be anywhere in a shard, and with 64
 shards read at a time each is read for long. Until one is there, `ranges` reads single rows. S3 is set up by the
@@ -20,6 +20,7 @@ from io import BufferedRandom
 from typing import Any, NamedTuple
 
 from open_lm.config.redact import redact
+from open_lm.data import s3
 from open_lm.data.cache import Cache, make_private_folder, open_or_write
 from open_lm.data.patterns import expand
 from open_lm.data.retry import LastingError, Patience, retry
@@ -30,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
 PART_BYTES = 16 * 2**20
-S3_CONNECTIONS = 64  # of a process: rows of a batch and parts of files at the same time
 REFETCHES = 2  # of a whole file that came, and is not what it should be
+REMEDY = ": put the right file there, or write the manifest anew (python -m open_lm.data.index)"
 # What the commands of cloud stores and curl print about what will not change; 126 and 127 are the shell's.
 LASTING_OUTPUT = re.compile(
     r"\((401|403|404)\)|error: 40[134]\b|AccessDenied|Forbidden|NoSuch(Key|Bucket)|Unable to locate credentials"
@@ -59,7 +60,7 @@ def read_bytes(url: str, patience: Patience | None = None) -> bytes:
                 run_command(url, file, patience)
                 file.seek(0)
                 return file.read()
-        file_system, path = find_file_system(url, patience)
+        file_system, path = find_reader(url, patience)
         return file_system.cat_file(path)
 
     return retry(url, "the command" if url.startswith(PIPE) else "reading it", read, patience)
@@ -173,7 +174,7 @@ def fetch(
         logger.warning("%s: %s, fetch %d of %d", redact(url), difference, attempt, REFETCHES + 1)
     raise OSError(
         f"shard {redact(url)}: {difference}, after {REFETCHES + 1} fetches: the file is damaged, or it was "
-        "replaced and the manifest was not"
+        f"replaced and the manifest was not{REMEDY}"
     )
 
 
@@ -203,7 +204,7 @@ def find_remote(url: str, patience: Patience) -> Found:
     """Where the file is, its size and version."""
 
     def find() -> Found:
-        file_system, path = find_file_system(url, patience)
+        file_system, path = find_reader(url, patience)
         information = file_system.info(path)
         version = [
             str(information.get(name)) for name in ("ETag", "LastModified", "Last-Modified", "mtime", "size")
@@ -244,6 +245,11 @@ def download_whole(found: Found, file: BufferedRandom) -> None:
         raise OSError(f"{length:,} bytes came of {found.size:,}")
 
 
+def find_reader(url: str, patience: Patience) -> tuple[Any, str]:
+    """What reads a file, with `info` and `cat_file` as fsspec's file systems have them, and the path in it."""
+    return s3.find_objects(url, patience.timeout_seconds) or find_file_system(url, patience)
+
+
 def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, str]:
     """The file system, of which each process has one, and the path in it. It does not retry by itself.
 
@@ -258,17 +264,28 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
     if protocol in ("s3", "s3a"):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
         ours = {"connect_timeout": seconds, "read_timeout": seconds, "retries": {"total_max_attempts": 1},
-                "max_pool_connections": S3_CONNECTIONS}  # fmt: skip
+                "max_pool_connections": s3.CONNECTIONS}  # fmt: skip
         options["config_kwargs"] = configured | ours
     elif protocol in ("http", "https"):
         import aiohttp
 
         limit = aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
         options["client_kwargs"] = {"timeout": limit}
-    file_system, path = fsspec.core.url_to_fs(url, **options)
+    if "::" in url and not is_chain(url):  # fsspec takes all for chains
+        file_system, _ = fsspec.core.url_to_fs(url.partition("::")[0], **options)
+        path = file_system._strip_protocol(url)
+    else:
+        file_system, path = fsspec.core.url_to_fs(url, **options)
     if hasattr(file_system, "retries"):  # s3fs's own attempts, which would multiply ours
         file_system.retries = 1
     return file_system, path
+
+
+def is_chain(url: str) -> bool:
+    """Whether `::` joins fsspec's file systems (simplecache::s3://…, zip://a.tar::s3://…) and is not a part of an
+    object's name (s3://bucket/a::b.tar)."""
+    first, _, rest = url.partition("::")
+    return "://" not in first or "://" in rest
 
 
 def run_command(url: str, file: BufferedRandom, patience: Patience) -> None:

@@ -23,7 +23,9 @@ PASSING_CODES = {"RequestTimeout", "Throttling", "ThrottlingException", "TooMany
 PASSING_STATUSES = {408, 425, 429}
 # Names, as the packages that define them (botocore, aiohttp, http.client) may be missing.
 PASSING_CLASSES = {
-    "HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException"
+    "HTTPClientError", "ConnectionError", "ResponseParserError", "CredentialRetrievalError", "HTTPException",
+    "FlexibleChecksumError",  # S3's own checksum of an object, which it sends with the whole of it
+    "IncompleteReadError",
 }  # fmt: skip
 LASTING_CLASSES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 LOCAL_ERRNOS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EMFILE, errno.ENFILE}
@@ -104,8 +106,8 @@ def is_passing(error: BaseException) -> bool:
     names = {name.__name__ for name in type(error).__mro__}
     if isinstance(error, LastingError | Stopped | ImportError | ValueError | TypeError | NotImplementedError):
         return False
-    aiohttp = type(error).__module__.startswith("aiohttp")
-    return isinstance(error, OSError | EOFError | TimeoutError) or aiohttp or bool(names & PASSING_CLASSES)
+    of_network = type(error).__module__.startswith(("aiohttp.", "urllib3."))
+    return isinstance(error, OSError | EOFError | TimeoutError) or of_network or bool(names & PASSING_CLASSES)
 
 
 def walk_causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from open_lm.config.eval import EvalConfig
 from open_lm.config.optim import PrecisionName
+from open_lm.data.errors import DataError, of_data
 from open_lm.data.loader import ValData
 from open_lm.data.waiting import LEFT, waiting
 from open_lm.eval.bootstrap import interval
@@ -40,8 +41,8 @@ def evaluate(
     depend on the number of ranks, even where experts have a capacity. Returns loss (nats per token),
     perplexity, tokens, sequences, skipped_sequences (bad ones), seconds and speeds, of a mixture of experts the
     dropped share of all assignments and, where `config` asks for them, the ends of bootstrap intervals, by
-    open_lm's names; the same on all ranks. Padding is routed to no expert. Raises ValueError if there is not one
-    token to predict, and StopAsked, between two batches, where a signal has ended the run.
+    open_lm's names; the same on all ranks. Padding is routed to no expert. Raises DataError if there is not one
+    token to predict or a batch cannot be read, and StopAsked, between two batches, where a signal ended the run.
 
     --val-tok-ci keeps every token's loss, 4 bytes each (8 for a moment), in rank 0's main memory; the losses of
     a round of batches are gathered on its device.
@@ -59,7 +60,7 @@ def evaluate(
     # not inference_mode: FSDP's gathered parameters would stay inference tensors
     with torch.no_grad():
         held_out = val_data.batches(batch_sequences, world.rank, world.world_size)
-        for batch in waiting(held_out, world.watch.asked):
+        for batch in waiting(of_data(held_out), world.watch.asked):
             agree_to_stop(world)
             assert batch is not LEFT  # then all have agreed
             world.watch.at("evaluating" if rounds else "compiling")
@@ -100,7 +101,7 @@ def evaluate(
     reshard_(model)
     model.train(was_training)
     if not tokens:
-        raise ValueError(
+        raise DataError(
             f"--val-data {val_data.entry} has no token to predict: all {sequences + skipped:.0f} sequences are "
             f"shorter than {seq_len} + 1 tokens, unreadable or masked"
         )

@@ -23,6 +23,11 @@ def _rows(
     row = tl.program_id(0)
     logits = logits_CV + row.to(tl.int64) * stride
     columns = tl.arange(0, BLOCK)
+    target = tl.load(target_C + row)
+    counts = target != ignored
+    target = tl.where(counts, target, 0)
+    # Here, as the sums below wait for all warps: later, another warp may have stored the gradient in its place.
+    at_target = tl.load(logits + target).to(tl.float32)
     # a maximum and a sum per column of the block: no exchange between threads before the row's end
     most = tl.full([BLOCK], LEAST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
@@ -35,10 +40,6 @@ def _rows(
     top = tl.max(most, 0)
     logsumexp = top + tl.log(tl.sum(total * tl.exp(most - top), 0))
 
-    target = tl.load(target_C + row)
-    counts = target != ignored
-    target = tl.where(counts, target, 0)
-    at_target = tl.load(logits + target).to(tl.float32)
     tl.store(nll_C + row, tl.where(counts, logsumexp - at_target, 0.0))
     tl.store(logsumexp_C + row, tl.where(counts, logsumexp, 0.0))
     if GRADIENT:

@@ -5,8 +5,7 @@ import json
 import os
 import sys
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
@@ -15,14 +14,19 @@ from open_lm.config.redact import redact
 
 
 class Recorder(ErrorHandler):
-    """torch's, which keeps the exception that ended a rank for torchrun's report; without secrets."""
+    """torch's, which keeps the exception that ended a rank for torchrun's report; without secrets.
+
+    `show` makes the text of it that the report holds.
+    """
+
+    def __init__(self, show: Callable[[BaseException], str]) -> None:
+        self.show = show
 
     def record_exception(self, e: BaseException) -> None:
         path = self._get_error_file_path()
         if path is None:
             return
-        text = redact("".join(traceback.format_exception(e)))
-        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": self.show(e), "timestamp": str(int(time.time()))}
         message = redact(f"{type(e).__name__}: {e}")
         with suppress(OSError), open(path, "w", encoding="utf-8") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)

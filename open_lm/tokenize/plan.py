@@ -14,7 +14,7 @@ from open_lm.tokenize.settings import DECISIVE, TokenizeConfig, check
 from open_lm.tokenize.split import Split
 from open_lm.tokenize.vocabulary import count_ids, find_end_of_text, find_token, load_tokenizer, parse
 
-FORMAT = 1  # raise when the same plan gives other bytes
+FORMAT = 2  # raise when the same plan gives other bytes
 PLAN = "plan.json"
 EXPANSION = 4  # text in a byte of compressed input, roughly: for the number of buckets only
 SHOWN = 10  # differences

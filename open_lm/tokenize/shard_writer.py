@@ -1,7 +1,8 @@
 """Token sequences to tar shards with a manifest, byte for byte the same for the same tokens.
 
 A tar is USTAR without times or owners. Members `.u16` or `.u32` are raw little-endian ids, equally long, so that
-a manifest can say where each lies (open_lm.data.binary); `.json.gz` is what open_lm reads.
+a manifest can say where each lies (open_lm.data.binary), and their headers hold digests of them
+(open_lm.data.digests); `.json.gz` is what open_lm reads.
 
 Legend: N sequences, L ids in a sequence (seq_len + 1), R bytes from one binary member's header to the next.
 """
@@ -16,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
-BLOCK_BYTES = 512
+from open_lm.data.binary import BLOCK_BYTES, CHECKSUM, DTYPES
+from open_lm.data.digests import add_digests_, digest_shard
+
 CHUNK_BYTES = 2**24
-CHECKSUM = slice(148, 156)  # of a USTAR header: the sum of its bytes, itself taken as blanks
 
 
 def choose_key(vocab_size: int) -> str:
@@ -74,11 +75,12 @@ def write_shard(folder: Path, number: int, tokens_NL: np.ndarray, key: str) -> d
 
 def pack(number: int, tokens_NL: np.ndarray, key: str) -> tuple[Iterator[bytes], dict]:
     """A shard's bytes in pieces, and how its members lie: {"data_key", of binary ones "first_offset", "stride", in
-    bytes}."""
+    bytes, and "row_digests"}."""
     if key not in DTYPES:
         return pack_json(number, tokens_NL), {"data_key": key}
     layout = {"first_offset": BLOCK_BYTES, "stride": find_stride(tokens_NL.shape[1], key)}
-    return pack_binary(number, tokens_NL, key), {"data_key": key, **layout}
+    digest = digest_shard(narrow(number, tokens_NL, key))
+    return pack_binary(number, tokens_NL, key, digest), {"data_key": key, **layout, "row_digests": digest}
 
 
 def pack_tar(tokens_NL: np.ndarray, number: int, format: str) -> tuple[bytes, dict]:
@@ -93,29 +95,39 @@ def find_stride(sequence_tokens: int, key: str) -> int:
     return BLOCK_BYTES + -(-sequence_tokens * DTYPES[key].itemsize // BLOCK_BYTES) * BLOCK_BYTES
 
 
-def pack_binary(number: int, tokens_NL: np.ndarray, key: str) -> Iterator[bytes]:
-    """The bytes of a tar of equally long binary members, a few megabytes at a time."""
+def narrow(number: int, tokens_NL: np.ndarray, key: str) -> Iterator[np.ndarray]:
+    """The rows as the key's dtype, a few megabytes at a time. ValueError: ids that it cannot hold."""
     dtype = DTYPES[key]
-    sequences, length = tokens_NL.shape
-    stride = find_stride(length, key)
-    at_once = max(1, CHUNK_BYTES // stride)
-    for first in range(0, sequences, at_once):
+    at_once = max(1, CHUNK_BYTES // find_stride(tokens_NL.shape[1], key))
+    for first in range(0, len(tokens_NL), at_once):
         chunk_NL = tokens_NL[first : first + at_once]
         if chunk_NL.min(initial=0) < 0 or chunk_NL.max(initial=0) > np.iinfo(dtype).max:
             raise ValueError(
                 f"shard {number}: ids {chunk_NL.min()} … {chunk_NL.max()} do not fit .{key} members (0 … "
                 f"{np.iinfo(dtype).max:,})"
             )
-        block_NR = np.zeros((len(chunk_NL), stride), dtype=np.uint8)
-        block_NR[:, :BLOCK_BYTES] = make_headers(number, first, len(chunk_NL), length * dtype.itemsize, key)
-        ids_NL = np.ascontiguousarray(chunk_NL, dtype=dtype)
-        block_NR[:, BLOCK_BYTES : BLOCK_BYTES + ids_NL[:1].nbytes] = ids_NL.view(np.uint8)
+        yield np.ascontiguousarray(chunk_NL, dtype=dtype)
+
+
+def pack_binary(number: int, tokens_NL: np.ndarray, key: str, digest: str) -> Iterator[bytes]:
+    """The bytes of a tar of equally long binary members, a few megabytes at a time; `digest` is the shard's."""
+    sequences, length = tokens_NL.shape
+    stride, first = find_stride(length, key), 0
+    for ids_NL in narrow(number, tokens_NL, key):
+        block_NR = np.zeros((len(ids_NL), stride), dtype=np.uint8)
+        data_NB = ids_NL.view(np.uint8)
+        headers_NH = make_headers(number, first, len(ids_NL), data_NB.shape[1], key)
+        add_digests_(headers_NH, data_NB, digest)
+        add_checksums_(headers_NH)
+        block_NR[:, :BLOCK_BYTES] = headers_NH
+        block_NR[:, BLOCK_BYTES : BLOCK_BYTES + data_NB.shape[1]] = data_NB
         yield block_NR.tobytes()
+        first += len(ids_NL)
     yield end_mark(sequences * stride)
 
 
 def make_headers(number: int, first: int, count: int, size: int, key: str) -> np.ndarray:
-    """(count, 512): headers of the members <number>_<first>.<key> and on, `size` bytes each."""
+    """(count, 512): headers of the members <number>_<first>.<key> and on, `size` bytes each, without checksums."""
     member = tarfile.TarInfo(f"{number:08d}_{0:08d}.{key}")
     member.size = size
     header = np.frombuffer(member.tobuf(tarfile.USTAR_FORMAT), dtype=np.uint8)
@@ -125,12 +137,16 @@ def make_headers(number: int, first: int, count: int, size: int, key: str) -> np
         raise ValueError(f"shard {number}: {first + count:,} sequences; a shard's names count to 99,999,999")
     for digit in range(8):
         header_NH[:, 9 + digit] = ord("0") + row_N // 10 ** (7 - digit) % 10
+    return header_NH
+
+
+def add_checksums_(header_NH: np.ndarray) -> None:
+    """Each header's own checksum: the sum of its bytes, itself taken as blanks."""
     header_NH[:, CHECKSUM] = ord(" ")
     sum_N = header_NH.sum(axis=1, dtype=np.int64)
     for digit in range(6):
         header_NH[:, CHECKSUM.start + digit] = ord("0") + (sum_N >> 3 * (5 - digit)) % 8
     header_NH[:, CHECKSUM.start + 6] = 0
-    return header_NH
 
 
 def pack_json(number: int, tokens_NL: np.ndarray) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 import gc
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -78,12 +79,17 @@ def test_shards_read_back_as_written_here_and_by_webdataset(tmp_path, key, shape
 
 
 def test_binary_tars_are_those_of_the_standard_library(tmp_path, tokens_NL):
-    write_shards(tmp_path, tokens_NL, 100, key="u16")
+    (line,) = write_shards(tmp_path, tokens_NL, 100, key="u16")
+    content_NB = tokens_NL.astype("<u2").view(np.uint8)
+    assert line["row_digests"] == hashlib.sha256(content_NB.tobytes()).hexdigest()[:24]
     with tarfile.open(tmp_path / "expected.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for row, tokens_L in enumerate(tokens_NL):
+        for row, content_B in enumerate(content_NB):
             member = tarfile.TarInfo(f"{0:08d}_{row:08d}.u16")
             member.size = 2 * LENGTH
-            tar.addfile(member, io.BytesIO(tokens_L.astype("<u2").tobytes()))
+            member.gname = f"shard:{line['row_digests']}"
+            fields = member.name.encode().ljust(100, b"\0") + member.gname.encode().ljust(32, b"\0")
+            member.uname = f"row:{hashlib.sha256(fields + content_B.tobytes()).hexdigest()[:24]}"
+            tar.addfile(member, io.BytesIO(content_B.tobytes()))
     assert (tmp_path / "shard_00000000.tar").read_bytes() == (tmp_path / "expected.tar").read_bytes()
 
 

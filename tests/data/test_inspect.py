@@ -1,9 +1,11 @@
 import hashlib
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 
 import boto3
@@ -37,11 +39,8 @@ def test_an_index_is_what_the_writer_said(tmp_path, key):
     with pytest.raises(ValueError, match=r"manifest\.jsonl exists: --overwrite"):
         write_manifest(IndexConfig((pattern,)))
     found = write_manifest(IndexConfig((pattern,), overwrite=True, processes=2))
-    if key == "json.gz":  # the number of tokens is nothing that a tar of lists says
-        lines = [{k: v for k, v in line.items() if k not in ("tokens", "sequence_tokens")} for line in lines]
-        assert found == lines
-    else:
-        assert (tmp_path / "a" / "manifest.jsonl").read_text() == written
+    assert found == lines
+    assert (tmp_path / "a" / "manifest.jsonl").read_text() == written
     elsewhere = str(tmp_path / "all.jsonl")
     write_manifest(IndexConfig((pattern,), output=elsewhere, processes=1))
     assert read_manifest(elsewhere).shards == read_manifest(f"{tmp_path}/a/manifest.jsonl").shards
@@ -135,7 +134,8 @@ def flip(path, offset):
 def test_damage_is_found_and_named(folder, damage, message):
     damage(folder)
     damages = inspect(InspectConfig((f"{folder}/manifest.jsonl",), verify=True, processes=1))
-    assert len(damages) == 1
+    assert len(damages) == 1 + ("sha256" in message)  # and the row's own digest
+    assert all("00000001_00000007.u16: the digest" in damage for damage in damages[1:])
     assert "shard_00000001.tar" in damages[0]
     assert message in damages[0]
 
@@ -154,10 +154,52 @@ def test_damage_is_an_exit_status(folder, tmp_path):
     manifests = (tmp_path / "whole" / "manifest.jsonl", folder / "manifest.jsonl", tmp_path / "none.jsonl")
     done = run("inspect", *manifests, "--verify", "--processes", 1)
     assert done.returncode == 1
-    first, second = done.stderr.splitlines()
+    first, second, third = done.stderr.splitlines()
     assert f"{folder}/shard_00000001.tar" in first
-    assert "none.jsonl: no such file" in second
+    assert f"{folder}/shard_00000001.tar: sample 00000001_00000000.u16: the digest of what came" in second
+    assert "none.jsonl: no such file" in third
     assert run("inspect", manifests[0], "--verify", "--processes", 1).returncode == 0
+
+
+def test_rows_without_their_digests_are_not_indexed(folder, tmp_path):
+    """A tar whose rows say what they should hold, and do not; it is no use to write a new sha256 of it."""
+    flip(folder / "shard_00000001.tar", 512 + 1024 * 7)
+    with pytest.raises(
+        ValueError, match=r"shard_00000001\.tar: sample 00000001_00000007\.u16: .*the tar is damaged"
+    ):
+        write_manifest(IndexConfig((f"{folder}/*.tar",), overwrite=True, processes=1))
+
+
+def test_an_index_knows_which_rows_carry_digests(folder, tmp_path):
+    """Rows written by others, or put together of several shards, carry none that say which shard they are of."""
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:
+        for row in range(6):
+            member = tarfile.TarInfo(f"00000000_{row:08d}.u16")
+            member.size = 10
+            tar.addfile(member, io.BytesIO(bytes(10)))
+    two = [(folder / f"shard_0000000{i}.tar").read_bytes() for i in range(2)]
+    (tmp_path / "both.tar").write_bytes(two[0][: 1024 * 40] + two[1])
+    (tmp_path / "ours.tar").write_bytes(two[1])
+    lines = write_manifest(IndexConfig((f"{tmp_path}/*.tar",), processes=1))
+    written = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    assert [(line["shard"], line["num_sequences"], line.get("row_digests")) for line in lines] == [
+        ("both", 60, None),
+        ("ours", 20, written[1]["row_digests"]),
+        ("plain", 6, None),
+    ]
+
+
+def test_tokens_of_lists_are_counted(write_shard, tmp_path, capfd):
+    write_shard(tmp_path / "a.tar", [[1, 2, 3], [4, 5]])
+    write_shard(tmp_path / "b.tar", [[1, 2, 3], [4, 5, 6]], "txt")
+    write_shard(tmp_path / "c.tar", [[1, 2, 3], b"no gzip"])
+    lines = write_manifest(IndexConfig((f"{tmp_path}/*.tar",), processes=1))
+    assert [(line.get("tokens"), line.get("sequence_tokens")) for line in lines] == [
+        (5, None),
+        (6, 3),
+        (None, None),
+    ]
+    assert "c.tar: sample c/000001.json.gz cannot be read" in capfd.readouterr().err
 
 
 def test_every_unreadable_sample_is_counted(write_shard, tmp_path):

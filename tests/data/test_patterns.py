@@ -34,3 +34,18 @@ def test_patterns_are_joined_and_commands_kept():
     assert expand("a{0..1}::b") == ["a0", "a1", "b"]
     command = "pipe:aws s3 cp s3://b/{0..1}.tar - | awk '{print}'"
     assert expand(command) == [command.replace("{0..1}", n) for n in "01"]
+
+
+def test_a_name_with_colons_is_no_two_patterns():
+    for pattern in ("s3://b/x::y.tar", "s3://b/x{0..1}::y{0..1}.tar", "pipe:aws s3 cp s3://b/x::y.tar -"):
+        with pytest.raises(
+            ValueError, match=r"`::` joins shards, and 'y.*' is no URL .* write \./y.* manifest"
+        ):
+            expand(pattern)
+    joined = (
+        "s3://b/x.tar::s3://b/y.tar",
+        "s3://b/x.tar::./y.tar",
+        "s3://b/x.tar::pipe:cat y.tar",
+        "x.tar::y.tar",
+    )
+    assert [len(expand(pattern)) for pattern in joined] == [2, 2, 2, 2]

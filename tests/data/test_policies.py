@@ -1,19 +1,24 @@
 """What happens to samples that cannot be used: named, counted, limited; never silently short."""
 
 import json
+import multiprocessing
 import os
 import shlex
+import signal
 import threading
 
 import numpy as np
 import pytest
+import torch
 
 from open_lm.config import DataConfig
+from open_lm.data.errors import DataError
 from open_lm.data.loader import TrainData
 from open_lm.data.manifest import Shard
 from open_lm.data.reader import OpenShards
 from open_lm.data.remote import Cache, Patience
 from open_lm.main import main
+from open_lm.tokenize.shard_writer import write_shards
 
 SEQ_LEN, SAMPLES = 4, 12
 
@@ -91,7 +96,7 @@ def test_too_many_bad_samples_end_the_run_also_across_a_resume(with_short_sample
     train(with_short_samples, tmp_path, f"{limit} --max-steps 5")
     text = (tmp_path / "run/out.log").read_text()
     assert text.count("has 5 tokens, 17 are needed: ignored") == 4  # each once, though passes go on
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(DataError) as error:
         train(with_short_samples, tmp_path, f"{limit} --resume latest")
     assert "--bad-sample-limit 7: step 7 brings the run's bad samples to 8; the last one: shard" in str(
         error.value
@@ -100,7 +105,7 @@ def test_too_many_bad_samples_end_the_run_also_across_a_resume(with_short_sample
 
 
 def train_rank(manifest, logs):
-    with pytest.raises(RuntimeError, match=r"bad samples to .*; the last one: shard .* has 5 tokens"):
+    with pytest.raises(DataError, match=r"bad samples to .*; the last one: shard .* has 5 tokens"):
         train(manifest, logs, "--ignore-parse-errors --bad-sample-limit 2")
 
 
@@ -152,3 +157,15 @@ def test_a_shard_that_vanishes_is_looked_for_again(write_shard, tmp_path, caplog
     cache = Cache(tmp_path / "cache", patience=Patience(first_wait_seconds=0.01))
     with pytest.raises(FileNotFoundError, match=r"a\.tar: no such file"):
         OpenShards("auto", cache).get(Shard(str(path), 1))
+
+
+def test_a_worker_that_dies_is_named(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)
+    write_shards(tmp_path, np.arange(600).reshape(200, 3), 100, key="u16")
+    config = DataConfig(dataset_manifest=(f"{tmp_path}/manifest.jsonl",), workers=1)
+    batches = TrainData(config, 2, 1000, 0, 1, 4, 0).batches(0, 50)
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    os.kill(child.pid, signal.SIGKILL)
+    with pytest.raises(OSError, match=r"a process that reads the data has died .*--workers 1 of each rank"):
+        list(batches)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from open_lm.config import DataConfig
-from open_lm.data import ranges, reader
+from open_lm.data import digests, ranges, reader
 from open_lm.data.loader import TrainData, ValData
 from open_lm.data.remote import Cache, Patience
-from open_lm.tokenize.shard_writer import write_shards
+from open_lm.tokenize.shard_writer import add_checksums_, write_shards
 
 SHARDS, SEQUENCES, LENGTH, VOCAB = 8, 400, 65, 1000
 BATCH = 64  # a sequence of each lane: of all shards
@@ -80,7 +80,7 @@ def held(monkeypatch, fetches_end):
 
     monkeypatch.setattr(reader, "open_shard", hold)
     monkeypatch.setattr(
-        reader, "RANGED_SHARE", 16
+        reader, "REQUEST_BYTES", 2**13
     )  # of so small shards more rows than else may come by ranges
     yield waiting
     waiting.clear()
@@ -179,16 +179,17 @@ def test_a_shard_that_vanishes_is_looked_for_again(s3, there, tmp_path, method, 
         read_row(make_data(MANIFEST, other))
 
 
-def without_digests(there) -> None:
+def drop(there, field: str) -> None:
+    """From every line of the manifest."""
     lines = [json.loads(line) for line in (there / "manifest.jsonl").read_text().splitlines()]
-    lines = [{key: value for key, value in line.items() if key != "sha256"} for line in lines]
+    lines = [{key: value for key, value in line.items() if key != field} for line in lines]
     (there / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
 
 
 @pytest.mark.parametrize("has_digests", [True, False])
 def test_a_shard_replaced_meanwhile_is_noticed(s3, bucket, there, tmp_path, held, has_digests):
     if not has_digests:
-        without_digests(there)
+        drop(there, "sha256")
         bucket(there)
     data = make_data(MANIFEST, make_cache(tmp_path))
     read(data)
@@ -209,10 +210,14 @@ def test_a_shard_replaced_meanwhile_is_noticed(s3, bucket, there, tmp_path, held
 
 
 def replace_shard(there, bucket, number: int) -> None:
-    """By another one of the same form; the manifest stays."""
+    """By another one of the same form that says it is the same; the manifest stays."""
     path = there / f"shard_{number:08d}.tar"
     content = bytearray(path.read_bytes())
-    content[512:514] = bytes(2)  # of the first sequence
+    row_B = np.frombuffer(content, np.uint8)[: 512 + 2 * LENGTH]  # the first sequence, with digests that fit
+    row_B[512:514] = 0
+    shard_digest = digests.find_shard_digest(row_B[:512].tobytes())
+    digests.add_digests_(row_B[None, :512], row_B[None, 512:], shard_digest)
+    add_checksums_(row_B[None, :512])
     path.write_bytes(content)
     bucket(there)
 
@@ -262,15 +267,131 @@ def test_a_fetch_that_failed_in_the_background_is_tried_again(s3, there, tmp_pat
     assert "an outage that is over; fetched once more" in caplog.text
 
 
-def test_a_range_that_is_no_row_is_left_to_the_whole_shard(s3, bucket, there, tmp_path):
-    """The whole shard's error, where a shard is another one than the manifest's."""
-    without_digests(there)
-    path = there / "shard_00000002.tar"
-    path.write_bytes(bytes(path.stat().st_size))
+SHARD_2 = "shard_00000002.tar"
+
+
+def test_damaged_ranges_are_read_again(s3, there, tmp_path, held, caplog):
+    s3.add(SHARD_2, "flip", "flip")
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    rows = data.reader.read([(0, 2, i) for i in (5, 300)])
+    local = make_data(there / "manifest.jsonl", None).reader.read([(0, 2, i) for i in (5, 300)])
+    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
+    assert (
+        len(re.findall(r"shard_00000002\.tar: sample number (5|300) has .*, fetch 1 of 3", caplog.text)) == 2
+    )
+    assert len(s3.asked(SHARD_2)) >= 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranges_that_are_always_damaged_end_the_run_before_a_wrong_row(s3, there, tmp_path, workers):
+    s3.add(SHARD_2, *["flip"] * 200)
+    data = make_data(MANIFEST, make_cache(tmp_path))
+    data.config = replace(data.config, workers=workers)
+    batches = data.batches(0, 2)
+    with pytest.raises(
+        OSError, match=rf"shard s3://bucket/{SHARD_2}: sample .*, after 3 fetches: .*data\.index"
+    ):
+        next(batches)
+
+
+def damaged_at(offset: int):
+    def damage(data: bytes, start: int) -> bytes:
+        return data if not start <= offset < start + len(data) else flipped(data, offset - start)
+
+    return damage
+
+
+def flipped(data: bytes, offset: int) -> bytes:
+    return data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :]
+
+
+ROW = 1024  # bytes from one row's header to the next
+
+
+FIELDS = (
+    0,
+    16,
+    124,
+    150,
+    157,
+    257,
+    270,
+    300,
+    345,
+    511,
+    512,
+    512 + 2 * LENGTH - 1,
+)  # of a header; of the data
+
+
+def test_a_flipped_bit_anywhere_in_a_row_is_seen(s3, there, tmp_path, held, monkeypatch):
+    read_part, places = ranges.read_part, [(0, 2, 4), (0, 2, 5)]
+    name = r"sample (number 5|00000002_00000005\.u16)"
+    for offset in FIELDS:
+        damage, seen = damaged_at(5 * ROW + offset), []
+
+        def damaged(found, start, end, damage=damage, seen=seen):
+            seen.append((start, end))
+            return damage(read_part(found, start, end), start)
+
+        monkeypatch.setattr(ranges, "read_part", damaged)
+        data = make_data(MANIFEST, make_cache(tmp_path))
+        with pytest.raises(OSError, match=rf"shard s3://bucket/{SHARD_2}: {name}.* 3 fetches"):
+            data.reader.read(places)
+        assert seen == [(4 * ROW, 5 * ROW + 512 + 2 * LENGTH)] * 3
+    monkeypatch.setattr(ranges, "read_part", read_part)
+    data.reader.read(places)
+
+
+@pytest.mark.parametrize(
+    ("shift", "shard", "message"),
+    [
+        (ROW, 2, r"in the place of sample number 5, .* is 00000002_00000006\.u16 of 130"),
+        (-ROW, 2, r"in the place of sample number 5, .* is 00000002_00000004\.u16 of 130"),
+        (2, 2, "sample number 5 has a damaged header, or none"),
+        (
+            0,
+            3,
+            r"sample 00000003_00000005\.u16 is of a shard with the digest \w+, the manifest's row_digests is \w+",
+        ),
+    ],
+)
+def test_rows_of_another_place_or_shard_are_seen(
+    s3, bucket, there, tmp_path, held, monkeypatch, shift, shard, message
+):
+    read_part = ranges.read_part
+
+    def elsewhere(found, start, end):
+        found = found._replace(path=found.path.replace("2.tar", f"{shard}.tar"))
+        return read_part(found, start + shift, end + shift)
+
+    monkeypatch.setattr(ranges, "read_part", elsewhere)
+    with pytest.raises(OSError, match=rf"shard s3://bucket/{SHARD_2}: {message}, after 3 fetches"):
+        read_row(make_data(MANIFEST, make_cache(tmp_path)))
+
+
+def test_another_version_of_the_shard_gives_no_row(s3, bucket, there, tmp_path, held):
+    manifest = (there / "manifest.jsonl").read_bytes()
+    write_shards(there, np.ones((SHARDS * SEQUENCES, LENGTH), int), SEQUENCES, key="u16")
+    (there / "manifest.jsonl").write_bytes(manifest)
     bucket(there)
-    (error,) = read(make_data(MANIFEST, make_cache(tmp_path)))
-    assert isinstance(error, ValueError)
-    assert "shard_00000002.tar: the manifest promises sequence 0 as a .u16 member" in str(error)
+    with pytest.raises(
+        OSError, match=rf"{SHARD_2}: sample 00000002_00000005\.u16 is of a shard with the digest"
+    ):
+        read_row(make_data(MANIFEST, make_cache(tmp_path)))
+
+
+@pytest.mark.parametrize("missing", ["row_digests", "first_offset"])
+def test_without_row_digests_rows_come_of_the_whole_shard(s3, bucket, there, tmp_path, missing):
+    """Also one that was damaged on the way: it is fetched again before any row is read."""
+    drop(there, missing)
+    bucket(there)
+    s3.add(SHARD_2, "flip")
+    rows = read_row(make_data(MANIFEST, make_cache(tmp_path)))
+    local = read_row(make_data(there / "manifest.jsonl", None))
+    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
+    size = (there / SHARD_2).stat().st_size
+    assert [request.range for request in s3.asked(SHARD_2)] == [f"bytes=0-{size - 1}"] * 2
 
 
 def test_ids_outside_the_vocabulary_are_named(s3, bucket, there, tmp_path, held):

@@ -1,13 +1,19 @@
 import hashlib
 import os
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from open_lm.data import remote
+from open_lm.data.index import IndexConfig, write_manifest
+from open_lm.data.loader import ValData
 from open_lm.data.manifest import read_manifest
-from open_lm.data.remote import Cache, Patience, open_file
+from open_lm.data.remote import Cache, Patience, open_file, read_bytes
 from open_lm.data.shards import find_source, open_shard
+from open_lm.tokenize.shard_writer import write_shards
 
 
 def test_manifests_and_shards_come_from_s3(bucket, write_source, tmp_path, cache):
@@ -112,3 +118,24 @@ def test_a_file_system_without_ranges_is_read_whole(tmp_path, cache, monkeypatch
             file.flush()
             assert (tmp_path / "a").read_bytes() == b"x" * 100
     memory.rm("/a.tar")
+
+
+def test_names_of_objects_may_hold_colons(bucket, tmp_path, cache):
+    """Which fsspec takes for a chain of file systems; a chain is still one."""
+    tokens_NL = np.arange(60).reshape(20, 3)
+    write_shards(tmp_path / "there" / "a::b", tokens_NL, 10, key="u16")
+    (tmp_path / "there" / "a::b" / "shard_00000001.tar").rename(tmp_path / "there" / "a::b" / "c::d.tar")
+    manifest = tmp_path / "there" / "a::b" / "manifest.jsonl"
+    manifest.write_text(manifest.read_text().replace("shard_00000001", "c::d"))
+    bucket(tmp_path / "there")
+    url = "s3://bucket/a::b/manifest.jsonl"
+    for given in (cache, replace(cache, limit_bytes=0)):  # by ranges, whole
+        data = ValData(url, "auto", 2, 100, cache=given)
+        np.testing.assert_array_equal(data.reader.read([(0, 0, 3), (0, 1, 9)]).tokens_BL, tokens_NL[[3, 19]])
+    pattern = "s3://bucket/a:[:]b/*.tar"
+    lines = write_manifest(IndexConfig((pattern,), output="s3://bucket/a::b/again::.jsonl", processes=1))
+    assert {line["shard"] for line in lines} == {"shard_00000000", "c::d"}
+    assert set(read_manifest("s3://bucket/a::b/again::.jsonl").shards) == set(read_manifest(url).shards)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("b", "zipped")
+    assert read_bytes(f"zip://b::file://{tmp_path}/a.zip") == b"zipped"

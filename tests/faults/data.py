@@ -91,8 +91,10 @@ def damaged_data(folder: Path, quick: bool) -> str:
     flags = f"--dataset-manifest {damaged(folder / 'data')} --data-key json --workers 0 {steps(5, 10)}"
     strict = Ranks(folder / "strict", flags)
     (code,) = strict.wait()
-    assert code, "damaged data trained on"
-    said = [line for line in strict.text().splitlines() if "shard_0000000" in line][-1]
+    assert code == 1, "damaged data trained on"
+    said = strict.text().strip().splitlines()[-1]
+    assert said.startswith("open_lm.main: error: shard "), strict.text()
+    assert "Traceback" not in strict.text(), strict.text()
     loose = run(folder / "loose", f"{flags} --ignore-parse-errors")
     entries = [json.loads(line) for line in (folder / "loose/run/log.jsonl").read_text().splitlines()]
     bad = [e["train/bad_samples"] for e in entries if "train/bad_samples" in e][-1]
@@ -208,8 +210,10 @@ def foreign_token(folder: Path, quick: bool) -> str:
     flags = f"--dataset-manifest {place}/manifest.jsonl --data-key json --workers 0 {steps(2, 2)}"
     ranks = Ranks(folder, flags)
     (code,) = ranks.wait()
-    assert code, "a foreign id was trained on"
+    assert code == 1, "a foreign id was trained on"
     said = ranks.text().strip().splitlines()[-1]
+    assert "Traceback" not in ranks.text(), ranks.text()
+    assert "open_lm.main: error: shard" in said, said
     assert "shard_00000000.tar: sample 00000011.json has token id 16" in said, ranks.text()
     return f"status {code}: “{said[-170:]}”"
 

@@ -50,11 +50,19 @@ def read_rows(folder: Path) -> np.ndarray:
             assert line["tokens"] == line["num_sequences"] * line["sequence_tokens"]
             for i, member in enumerate(members):
                 assert member.name.partition(".")[2] == line["data_key"]
-                assert (member.mtime, member.uid, member.uname) == (0, 0, "")
+                assert (member.mtime, member.uid, member.gname) == (0, 0, f"shard:{line['row_digests']}")
                 dtype = {"u16": "<u2", "u32": "<u4"}[line["data_key"]]
                 assert member.offset_data == line["first_offset"] + i * line["stride"]
-                rows.append(np.frombuffer(data, dtype, line["sequence_tokens"], member.offset_data))
+                row = np.frombuffer(data, dtype, line["sequence_tokens"], member.offset_data)
+                assert member.uname == f"row:{digest_of(member, row)}"
+                rows.append(row)
     return np.array(rows)
+
+
+def digest_of(member: tarfile.TarInfo, row: np.ndarray) -> str:
+    """What open_lm.data.digests describes, of what the standard library reads."""
+    fields = member.name.encode().ljust(100, b"\0") + member.gname.encode().ljust(32, b"\0")
+    return hashlib.sha256(fields + row.tobytes()).hexdigest()[:24]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import itertools
 import json
 import tarfile
 
+import fsspec.config
 import pytest
 
 from open_lm.data import stream
@@ -118,6 +119,7 @@ def test_faults_of_output_and_work_that_pass_change_nothing(server, tmp_path, to
 
 def test_a_server_without_sizes_is_read_whole(server, tmp_path, tokenizer, monkeypatch):
     find = stream.find_remote
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"default_block_size": 2**20})  # which has s3fs read
     monkeypatch.setattr(stream, "find_remote", lambda *given: find(*given)._replace(has_parts=False))
     expected = digest(server.there / "a.jsonl.gz", tmp_path, tokenizer, "local")
     assert digest("s3://bucket/a.jsonl.gz", tmp_path, tokenizer) == expected
