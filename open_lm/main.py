@@ -36,7 +36,7 @@ from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.determinism import make_deterministic
 from open_lm.parallel.gather import on_first_rank
-from open_lm.parallel.launch import count_restarts, find_ranks
+from open_lm.parallel.launch import find_ranks
 from open_lm.parallel.plan import compute_dtype, parallelize
 from open_lm.parallel.process import Recorder, hide_arguments
 from open_lm.parallel.refusal import agree, refusing
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        run, continued = after_restart(run, count_restarts(), trains(run), mesh.has_begun(world))
+        run, continued = after_restart(run, world.restarts, trains(run), mesh.has_begun(world))
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:
