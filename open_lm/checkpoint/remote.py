@@ -19,7 +19,6 @@ from typing import Any
 from open_lm.checkpoint import state
 from open_lm.checkpoint.files import (
     ABANDONED,
-    finish,
     group,
     places,
     prepare,
@@ -27,6 +26,7 @@ from open_lm.checkpoint.files import (
     step_of,
     temporary,
 )
+from open_lm.checkpoint.recover import finish
 from open_lm.checkpoint.state import CONTENT, DIGESTS, is_state
 from open_lm.data.remote import is_local
 from open_lm.data.retry import remote_errors

@@ -22,6 +22,7 @@ from torch import Tensor
 CONTENT, DIGESTS = "state.json", "digests.json"
 NAME = re.compile(r"step_(\d+)")
 TEMPORARY = ".tmp"
+OWED = ".owed"  # in a state whose epoch_N.pt is not made yet; not copied anywhere
 SHARD = ".safetensors"
 BLOCK = 1 << 24  # bytes hashed and written at a time, outside of Python's lock
 SHARDING_INFO = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which part of a tensor this is
@@ -75,6 +76,21 @@ def commit(folder: Path) -> None:
         if not (folder / DIGESTS).is_file():  # else another process was quicker
             raise
     sync_folder(folder.parent)
+
+
+def owe(folder: Path) -> None:
+    """Notes that the epoch_N.pt of a state's labels are still to be made: till then it must stay."""
+    (folder / OWED).touch()
+
+
+def settle(folder: Path) -> None:
+    """They are made."""
+    (folder / OWED).unlink(missing_ok=True)
+
+
+def is_owed(folder: Path) -> bool:
+    """Whether a state's epoch_N.pt are still to be made."""
+    return (folder / OWED).exists()
 
 
 def delete(folder: Path) -> None:
