@@ -40,9 +40,15 @@ def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
 def saved_averages(epoch: Path) -> tuple[str, ...]:
     """The names of the averages that epoch_N.pt was saved with; none if unreadable."""
     try:
-        return tuple(read(epoch).get("averagers", ()))
+        names = read(epoch).get("averagers", ())
     except (OSError, ValueError):
         return ()
+    # a name becomes a path
+    return (
+        tuple(n for n in names if isinstance(n, str) and state.AVERAGE.fullmatch(n))
+        if isinstance(names, list)
+        else ()
+    )
 
 
 def state_of(path: Path) -> Path:
@@ -162,9 +168,11 @@ def set_aside(folder: Path, step: int) -> Path | None:
     if not found and not later:
         (folder / LEAVING).unlink(missing_ok=True)
         return None
+    place = None
     if (folder / LEAVING).is_file():
-        place = folder / state.read_json(folder / LEAVING)["place"]
-    else:
+        with contextlib.suppress(ValueError):
+            place = folder / read_leaving(folder)[1]
+    if place is None:
         place = next(folder / name for name in places(step) if not (folder / name).exists())
         state.write_json(temporary(folder / LEAVING), {"step": step, "place": place.name})
         os.replace(temporary(folder / LEAVING), folder / LEAVING)
@@ -179,6 +187,22 @@ def set_aside(folder: Path, step: int) -> Path | None:
     state.sync_folder(folder)
     (folder / LEAVING).unlink()
     return place
+
+
+def read_leaving(folder: Path) -> tuple[int, str]:
+    """(Step, place) of the move that was killed. ValueError, with what to do, where the file does not say them."""
+    path = folder / LEAVING
+    try:
+        content = state.read_json(path)
+        step, place = content["step"], content["place"]
+        if isinstance(step, int) and re.fullmatch(rf"{ABANDONED}_after_step_\d+(_\d+)?", place):
+            return step, place
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is damaged: the run was being taken back to an older state, and it does not say which. Do it again: "
+        f"--resume {folder}/epoch_N.pt (or step_S); or remove {path} to go on from the newest state"
+    )
 
 
 def divide_results(path: Path, step: int) -> tuple[list[str], list[str]]:
@@ -259,8 +283,7 @@ def replace(paths: dict[str, Path]) -> None:
 def step_of(path: Path) -> int | None:
     """The step that a file, or a state's folder, is of; None if it is missing, broken or does not say."""
     try:
-        with contextlib.suppress(KeyError):
-            return state.read_json(path / state.CONTENT)["step"] if path.is_dir() else read(path).get("step")
-    except (OSError, ValueError):
-        pass
-    return None
+        step = state.read_json(path / state.CONTENT)["step"] if path.is_dir() else read(path).get("step")
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -12,6 +12,7 @@ from open_lm.checkpoint.files import (
     alias,
     consolidate,
     paths_of,
+    read_leaving,
     saved_averages,
     set_aside,
     step_of,
@@ -131,7 +132,7 @@ def latest(folder: Path | str) -> Path | None:
     """
     folder = Path(folder)
     if (folder / LEAVING).is_file():
-        set_aside(folder, state.read_json(folder / LEAVING)["step"])
+        set_aside(folder, read_leaving(folder)[0])
     state.finish_renames(folder)
     best = None
     for candidate in states(folder):

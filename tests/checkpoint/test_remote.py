@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from open_lm.checkpoint import files, recover, state
-from open_lm.checkpoint.remote import RemoteFolder, bring_named, fetch, newest, signature
+from open_lm.checkpoint.bring import bring_named, fetch, newest
+from open_lm.checkpoint.remote import RemoteFolder, signature
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 

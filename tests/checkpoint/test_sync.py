@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from open_lm.checkpoint import files, recover, sync
-from open_lm.checkpoint.remote import RemoteFolder, newest
+from open_lm.checkpoint.bring import newest
+from open_lm.checkpoint.remote import RemoteFolder
 from open_lm.checkpoint.sync import Sync, delete_before
 
 
