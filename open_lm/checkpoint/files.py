@@ -138,8 +138,8 @@ def tidy(folder: Path, step: int, keep: int) -> None:
         if number > step:
             continue  # not this run's past: it must not crowd that out
         try:
-            labels = state.read_json(path / state.CONTENT)["labels"]
-        except (ValueError, KeyError, TypeError):
+            labels = state.check_content(path / state.CONTENT)["labels"]
+        except ValueError:
             continue  # damaged: not ours to judge
         between += not labels
         if (
@@ -200,8 +200,8 @@ def read_leaving(folder: Path) -> tuple[int, str]:
     except (ValueError, LookupError, TypeError):
         pass
     raise ValueError(
-        f"{path} is damaged: the run was being taken back to an older state, and it does not say which. Do it again: "
-        f"--resume {folder}/epoch_N.pt (or step_S); or remove {path} to go on from the newest state"
+        f"{path} is damaged: the run was being taken back to an older state, and it does not say which. Do it "
+        f"again: --resume {folder}/epoch_N.pt (or step_S); or remove {path} to go on from the newest state"
     )
 
 

@@ -90,13 +90,13 @@ def owed(checkpoints: Path) -> dict[Path, list[str]]:
     found, taken = {}, set()
     for folder in states(checkpoints):
         try:
-            labels = state.read_json(folder / state.CONTENT)["labels"]
-        except (ValueError, KeyError, TypeError):
+            labels = state.check_content(folder / state.CONTENT)["labels"]
+        except ValueError:
             continue  # damaged: passed over by `latest`
         if state.is_owed(folder):
             step = int(folder.name.removeprefix("step_"))
-            steps = {label: step_of(checkpoints / f"epoch_{label}.pt") for label in labels}
-            found[folder] = [n for n in labels if n not in taken and (steps[n] is None or steps[n] <= step)]
+            steps = {label: step_of(checkpoints / f"epoch_{label}.pt") or 0 for label in labels}
+            found[folder] = [n for n in labels if n not in taken and steps[n] <= step]
         taken |= set(labels)
     return dict(reversed(found.items()))
 

@@ -204,9 +204,8 @@ def has_digests(folder: Path) -> bool:
 
 
 def read_digests(folder: Path) -> dict[str, tuple[str, int]]:
-    """{file's name: (its sha256, bytes)} of a state. ValueError as for `verify`, and where a name leads elsewhere."""
-    path = folder / DIGESTS
-    entries = read_json(path)
+    """{name: (sha256, bytes)} of a state's files. ValueError as for `verify`, and where a name leads elsewhere."""
+    entries = read_json(path := folder / DIGESTS)
     try:
         found = {name: (entry["sha256"], entry["bytes"]) for name, entry in entries["files"].items()}
     except (AttributeError, KeyError, TypeError):
@@ -219,7 +218,7 @@ def read_digests(folder: Path) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _check_content(path: Path) -> dict[str, Any]:
+def check_content(path: Path) -> dict[str, Any]:
     """state.json. ValueError where it holds something else than every one does."""
     content = read_json(path)
     if not isinstance(content, dict):
@@ -267,7 +266,7 @@ def verify(folder: Path) -> None:
         raise ValueError(
             f"{folder / others[0]} is not a file of this state ({DIGESTS} does not list it): remove it"
         )
-    content, name = _check_content(folder / CONTENT), folder.name.removesuffix(TEMPORARY)
+    content, name = check_content(folder / CONTENT), folder.name.removesuffix(TEMPORARY)
     if (match := NAME.fullmatch(name)) and int(match[1]) != content["step"]:
         raise ValueError(f"{folder / CONTENT} is of step {content['step']}: the folder's name is not its own")
     weights = Shards(folder).named("model/")
