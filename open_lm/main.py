@@ -91,8 +91,8 @@ def command() -> None:
 
 
 def show(error: BaseException) -> str:
-    """What ended the run: of an error of data its message, of others the traceback; without secrets."""
-    if isinstance(error, DataError):
+    """What ended the run: of an error of data or of a save its message, of others the traceback; no secrets."""
+    if isinstance(error, DataError | checkpoint.SaveError):
         return redact(f"open_lm.main: error: {error}")
     return redact("".join(traceback.format_exception(error))).removesuffix("\n")
 
@@ -153,7 +153,8 @@ def execute(job: Job) -> None:
         raise
     except Exception as error:
         logger.debug("where it was raised", exc_info=error)
-        log.failure(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+        is_said = isinstance(error, DataError | checkpoint.SaveError)
+        log.failure(str(error) if is_said else f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise
     finally:
@@ -298,6 +299,7 @@ def train_all(
         evaluate_interval(owed)
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
+        on_first_rank(lambda: checkpoint.check_made(folder))
         return
 
     saves = Saves(
