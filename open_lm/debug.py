@@ -24,8 +24,8 @@ HOW_TO_READ = (
     "state.json: the step (done again), its loss, the gradient's L2 norm of every parameter (those that are not "
     "finite: not_finite), each rank's sample names. batch_rank_N.safetensors: tokens (B, S) and targets (B, S; "
     "-100: none) of rank N, and rng, the torch generator's state at the step's begin. weights.safetensors: the "
-    "model, which neither the step nor those skipped before it in a row changed, by its parameters' names. Read them "
-    "with safetensors.torch.load_file; flags are in ../params.txt."
+    "model, which neither the step nor those skipped before it in a row changed, by its parameters' names. Read "
+    "them with safetensors.torch.load_file; flags are in ../params.txt."
 )
 
 
