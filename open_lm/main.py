@@ -93,7 +93,8 @@ def command() -> None:
 def show(error: BaseException) -> str:
     """What ended the run: of an error of data its message, of others the traceback; without secrets."""
     if isinstance(error, DataError):
-        return redact(f"open_lm.main: error: {error}")
+        where = f" (where it was raised: {error.written_to})" if error.written_to else ""
+        return redact(f"open_lm.main: error: {error}") + where
     return redact("".join(traceback.format_exception(error))).removesuffix("\n")
 
 
@@ -152,7 +153,9 @@ def execute(job: Job) -> None:
             log.failure(str(end.__cause__))
         raise
     except Exception as error:
-        logger.debug("where it was raised", exc_info=error)
+        written_to = log.traceback(error)
+        if isinstance(error, DataError):
+            error.written_to = written_to
         log.failure(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise

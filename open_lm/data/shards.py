@@ -120,8 +120,8 @@ class ShardReader:
             if tokens.ndim != 1 or tokens.dtype != np.int64:
                 raise ValueError(f"not a flat list of whole numbers (numpy: {tokens.ndim}-d {tokens.dtype})")
         except Exception as error:  # decoders of foreign bytes may raise anything
-            message = f"shard {redact(self.url)}: sample {self.name(i)} cannot be read: {type(error).__name__}: {error}"
-            raise UnreadableSample(message) from error
+            place = f"shard {redact(self.url)}: sample {self.name(i)}"
+            raise UnreadableSample(f"{place} cannot be read: {type(error).__name__}: {error}") from error
         return tokens
 
     def name(self, i: int) -> str:
