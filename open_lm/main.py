@@ -90,10 +90,14 @@ def command() -> None:
     record(functools.partial(main, ends=True), Recorder(show))(arguments[1:])
 
 
+SAID = (DataError, checkpoint.SaveError)  # their message is all that a user needs
+
+
 def show(error: BaseException) -> str:
     """What ended the run: of an error of data or of a save its message, of others the traceback; no secrets."""
-    if isinstance(error, DataError | checkpoint.SaveError):
-        return redact(f"open_lm.main: error: {error}")
+    if isinstance(error, SAID):
+        where = f" (where it was raised: {error.written_to})" if error.written_to else ""
+        return redact(f"open_lm.main: error: {error}") + where
     return redact("".join(traceback.format_exception(error))).removesuffix("\n")
 
 
@@ -152,9 +156,10 @@ def execute(job: Job) -> None:
             log.failure(str(end.__cause__))
         raise
     except Exception as error:
-        logger.debug("where it was raised", exc_info=error)
-        is_said = isinstance(error, DataError | checkpoint.SaveError)
-        log.failure(str(error) if is_said else f"{type(error).__name__}: {error}")
+        written_to = log.traceback(error)
+        if isinstance(error, SAID):
+            error.written_to = written_to
+        log.failure(str(error) if isinstance(error, SAID) else f"{type(error).__name__}: {error}")
         world.watch.fail(error)
         raise
     finally:

@@ -64,8 +64,8 @@ class Skips:
         row = progress.skipped_in_a_row
         self.counts = torch.tensor((progress.skipped_updates, progress.skipped_spikes, row, 0), device=device)
         self.longest_row = 0
-        """Skipped updates in a row at most, since the start: a row may end between two looks. One that a checkpoint
-        brings counts once it goes on."""
+        """Skipped updates in a row at most, since `begin_rows_`: a row may end between two looks. One that is
+        going on then, or that a checkpoint brings, counts whole once it goes on."""
 
     def add_(self, finite: Tensor, accepted: Tensor) -> None:
         """Count a step: whether it was finite, and no spike either."""
@@ -87,6 +87,10 @@ class Skips:
         progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row, self.longest_row = (
             counts
         )
+
+    def begin_rows_(self) -> None:
+        """Forgets the longest row, which was looked at."""
+        self.counts = torch.cat((self.counts[:3], self.counts.new_zeros(1)))
 
 
 class Clock:

@@ -371,3 +371,22 @@ def test_other_flags_than_before_are_said(sources, trained, capsys) -> None:
     (line,) = [line for line in out.splitlines() if "other flags" in line]
     changes = "--epochs 2 -> 3, --lr 0.01 -> 0.003, --wd 0.2 -> 0.3, --warmup 1 -> 2"
     assert line.endswith(f"epoch_2.pt was saved with other flags: {changes}"), line
+
+
+def test_no_argument_of_a_command_is_left(sources, tmp_path) -> None:
+    tar = Path(sources[0]).parent / "shard_00000000.tar"
+    secret, command = "hunter22x", f"pipe:true -s -u alice:hunter22x; cat {tar}; : /hunter22x"
+    line = (
+        "--model open_lm_test_tiny --precision fp32 --data-key json --global-batch-size 4 --warmup 1 --lr 1e-2 "
+        f"--workers 0 --train-num-samples 64 --epochs 1 --multiple-data-passes --logs {tmp_path} --name run"
+    )
+    flags = [*shlex.split(line), "--train-data", command, "--val-data", command]
+    main(flags)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    text = (tmp_path / "run/out.log").read_text()
+    assert "loss" in next(each for each in text.splitlines() if "| perplexity" in each)
+    assert "pipe:true … shard_00000000.tar [" in (tmp_path / "run/params.txt").read_text()
+    (old,) = (tmp_path / "run/checkpoints").glob("step_*/state.json")
+    description = json.loads(old.read_text())["state"]["data"]["sources"][0]
+    assert "hunter" not in description["first"] + description["last"]

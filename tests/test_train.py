@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import re
 import shlex
 import tarfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import open_lm.model
 import open_lm.train
@@ -99,17 +101,41 @@ def test_a_run_that_stays_not_finite_ends(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("limit", [5, 6])
-def test_a_row_that_ends_between_two_looks_counts(tmp_path, monkeypatch, limit) -> None:
-    """Steps 3 to 7; with --max-skipped-updates 5 one looks after steps 5 and 10."""
+def test_a_row_that_ends_between_two_looks_is_told_and_the_run_goes_on(tmp_path, monkeypatch, limit) -> None:
+    """Steps 3 to 7; with --max-skipped-updates 5 one looks after steps 5, 10 and 15."""
     monkeypatch.setattr(open_lm.model, "linear_cross_entropy", open_lm.model.linear_cross_entropy)
     poison(0, *range(3, 8))
     flags = f"{FLAGS} --logs {tmp_path} --epochs 1 --train-num-samples 1536 --log-every-n-steps 100"
     line = shlex.split(f"{flags} --max-skipped-updates {limit}")
-    if limit > 5:
-        main(line)
-        return
-    with pytest.raises(RuntimeError, match=r"step 10: .*not finite 5 times in a row \(the row ended"):
-        main(line)
+    main(line)
+    told = re.findall(
+        r"step (\d+): (\d+) updates in a row were skipped", (tmp_path / "run/out.log").read_text()
+    )
+    assert told == ([("10", "5")] if limit == 5 else []), "once, and only at the look after it"
+    assert not (tmp_path / "run/debug").exists()
+
+
+def test_a_row_that_goes_on_ends_at_the_next_look_with_the_weights_of_its_begin(
+    tmp_path, monkeypatch
+) -> None:
+    """From step 3 on; with --max-skipped-updates 4 one looks after steps 4 and 8, which is 2 steps late."""
+    monkeypatch.setattr(open_lm.model, "linear_cross_entropy", open_lm.model.linear_cross_entropy)
+    flags = f"{FLAGS} --epochs 1 --train-num-samples 1536 --log-every-n-steps 100 --max-skipped-updates 4"
+    poison(0, *range(3, 99))
+    with pytest.raises(RuntimeError, match=r"step 8: .*not finite 6 times in a row"):
+        main(shlex.split(f"{flags} --logs {tmp_path}"))
+    debug = tmp_path / "run/debug"
+    state = json.loads((debug / "state.json").read_text())
+    assert (state["step"], state["loss"], state["progress"]["skipped_in_a_row"]) == (8, "nan", 6)
+    data = TrainData(DATA, seq_len=16, vocab_size=16, rank=0, world_size=1, global_batch=8, seed=0)
+    (batch,) = data.batches(7, 8)
+    assert torch.equal(load_file(debug / "batch_rank_0.safetensors")["tokens"], batch.tokens_BS)
+    monkeypatch.undo()
+    main(shlex.split(f"{flags} --logs {tmp_path} --name short --max-steps 2"))
+    (saved,) = (tmp_path / "short/checkpoints").glob("epoch_*.pt")
+    before = torch.load(saved, weights_only=True)["state_dict"]
+    for name, value in load_file(debug / "weights.safetensors").items():
+        assert torch.equal(value, before[name]), name
 
 
 def logit_means(logs: str, layout: str) -> None:

@@ -24,6 +24,9 @@ from open_lm.checkpoint.state import read_content, state_folder, states
 class SaveError(OSError):
     """What a run could not save, at its end: shown as one line, as a traceback would say nothing of it."""
 
+    written_to = ""
+    """The file that holds the traceback."""
+
 
 def finish(folder: Path) -> Path:
     """Makes what a killed save had not made of a state; its epoch_N.pt, or `folder` where it belongs to none."""

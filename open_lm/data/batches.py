@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from open_lm.data.errors import keep_traceback
 from open_lm.data.manifest import Shard
 from open_lm.data.masks import IGNORED, NO_MASKS, Masks, divide
 from open_lm.data.order import Order
@@ -79,7 +80,7 @@ class Steps(Dataset):
             places = self.order.slots(step, *self.slots)
             return self.reader.read(places, self.order.seed, "crop", step, first=self.slots[0])
         except (ValueError, OSError, ImportError) as error:
-            return error
+            return keep_traceback(error) if get_worker_info() else error
 
 
 class SyntheticSteps(Dataset):
@@ -125,7 +126,7 @@ class Stretches(Dataset):
                 [self.place(i) for i in range(first, min(first + self.batch, self.total))]
             )
         except (ValueError, OSError, ImportError) as error:
-            return error
+            return keep_traceback(error) if get_worker_info() else error
 
 
 def pass_on(item):

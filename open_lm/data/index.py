@@ -21,6 +21,7 @@ from typing import Annotated
 
 import tyro
 
+from open_lm.config.redact import redact
 from open_lm.data.binary import BinaryShard, UnreadableSample
 from open_lm.data.digests import find_digests
 from open_lm.data.manifest import Shard
@@ -67,7 +68,7 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
         try:
             row_digests = find_digests(fd, layout) if layout else None
         except ValueError as error:
-            raise ValueError(f"shard {url}: {error}: the tar is damaged") from None
+            raise ValueError(f"shard {redact(url)}: {error}: the tar is damaged") from None
     except BaseException:
         os.close(fd)
         raise
@@ -120,7 +121,9 @@ def write_manifest(config: IndexConfig) -> list[dict]:
         raise ValueError("no tars: name at least one")
     for url in urls:
         if is_local(url) and os.path.isdir(url.removeprefix("file://")):
-            raise ValueError(f"{url} is a folder: name its tars, e.g. '{posixpath.join(url, '*.tar')}'")
+            raise ValueError(
+                f"{redact(url)} is a folder: name its tars, e.g. '{posixpath.join(url, '*.tar')}'"
+            )
     output = config.output or posixpath.join(posixpath.dirname(urls[0]), "manifest.jsonl")
     if not config.overwrite and exists(output):
         raise ValueError(f"{output} exists: --overwrite replaces it, --output names another file")
@@ -129,7 +132,9 @@ def write_manifest(config: IndexConfig) -> list[dict]:
     lines = []
     for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes), strict=True):
         lines.append({"shard": name_shard(url, output)} | described)
-        print(f"{url}: {described['num_sequences']:,} sequences, .{described['data_key']}", flush=True)
+        print(
+            f"{redact(url)}: {described['num_sequences']:,} sequences, .{described['data_key']}", flush=True
+        )
     write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
     return lines
 
@@ -140,7 +145,7 @@ def name_shard(url: str, manifest: str) -> str:
     if folder == posixpath.dirname(manifest.removeprefix("file://")) and name.endswith(".tar"):
         return name.removesuffix(".tar")
     if not url.endswith(".tar"):
-        raise ValueError(f"{url}: a manifest can name files that end in .tar only")
+        raise ValueError(f"{redact(url)}: a manifest can name files that end in .tar only")
     return os.path.abspath(url.removeprefix("file://")) if is_local(url) else url
 
 

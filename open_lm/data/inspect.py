@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
+from open_lm.config.redact import redact
 from open_lm.data.binary import BinaryShard, UnreadableSample
 from open_lm.data.digests import find_faults
 from open_lm.data.index import hash_file
@@ -93,13 +94,15 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
     try:
         if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
             damages.append(
-                f"shard {shard.url}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
+                f"shard {redact(shard.url)}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
             )
         if shard.sha256 not in (None, found := hash_file(reader.fd) if shard.sha256 else None):
-            damages.append(f"shard {shard.url}: the manifest says sha256 {shard.sha256}, the tar has {found}")
+            damages.append(
+                f"shard {redact(shard.url)}: the manifest says sha256 {shard.sha256}, the tar has {found}"
+            )
         if shard.row_digests and isinstance(reader, BinaryShard):
             odd_rows = [
-                f"shard {shard.url}: {fault}"
+                f"shard {redact(shard.url)}: {fault}"
                 for fault in find_faults(reader.fd, reader.layout, shard.row_digests)
             ]
         for number in range(len(reader)):
@@ -114,22 +117,25 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
                 highest.append(int(tokens_L.max()))
             odd += shard.sequence_tokens not in (None, len(tokens_L))
     except OSError as error:
-        damages.append(f"shard {shard.url}: {error}")
+        damages.append(f"shard {redact(shard.url)}: {error}")
     finally:
         reader.close()
     damages += name_samples(shard, unreadable, "cannot be read")
     damages += name_samples(shard, odd_rows, "are not what their digests say")
     if not unreadable and not odd and shard.tokens not in (None, tokens):
         damages.append(
-            f"shard {shard.url}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
+            f"shard {redact(shard.url)}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
         )
     if odd:
         damages.append(
-            f"shard {shard.url}: {odd:,} samples have not the {shard.sequence_tokens} tokens that the manifest says"
+            f"shard {redact(shard.url)}: {odd:,} samples have not the "
+            f"{shard.sequence_tokens} tokens that the manifest says"
         )
     low, high = min(lowest, default=0), max(highest, default=0)
     if vocab_size is not None and not -vocab_size <= low <= high < vocab_size:
-        damages.append(f"shard {shard.url}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}")
+        damages.append(
+            f"shard {redact(shard.url)}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}"
+        )
     return Finding(tokens, low, high, tuple(damages))
 
 
@@ -137,7 +143,7 @@ def name_samples(shard: Shard, damages: list[str], what: str) -> list[str]:
     """The first of a shard's damages, and their number if there are more."""
     if len(damages) <= NAMED_SAMPLES:
         return damages
-    return [*damages[:NAMED_SAMPLES], f"shard {shard.url}: {len(damages):,} samples {what} in all"]
+    return [*damages[:NAMED_SAMPLES], f"shard {redact(shard.url)}: {len(damages):,} samples {what} in all"]
 
 
 def verify_source(source: Source, config: InspectConfig, vocab_size: int | None) -> Iterator[Finding]:
@@ -159,7 +165,7 @@ def describe_source(source: Source, share: float) -> str:
     said = f", {tokens:,} tokens" if len(known) == len(source.shards) else ""
     said += f", {size / 1e9:.3f} GB" if size else ""
     return (
-        f"{source.name}: {source.sequences:,} sequences in {len(source.shards):,} shards{said}, "
+        f"{redact(source.name)}: {source.sequences:,} sequences in {len(source.shards):,} shards{said}, "
         f"{', '.join(keys)}; {share:.2%} of the mix"
     )
 
@@ -176,7 +182,7 @@ def load_tokenizer(url: str) -> "Tokenizer":
     try:
         return Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"--tokenizer {url}: no tokenizer.json: {error}") from None
+        raise ValueError(f"--tokenizer {redact(url)}: no tokenizer.json: {error}") from None
 
 
 def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:

@@ -122,7 +122,10 @@ class TrainData:
         if self.order is None:
             return []
         places = self.order.slots(step, *self.slots)
-        return [f"{self.sources[source].shards[shard].url}: {sequence}" for source, shard, sequence in places]
+        return [
+            f"{redact(self.sources[source].shards[shard].url)}: {sequence}"
+            for source, shard, sequence in places
+        ]
 
     def check_enough(self, end_step: int) -> None:
         """ValueError if a source is used up before `end_step` and may be neither read again nor resampled."""
@@ -131,7 +134,7 @@ class TrainData:
         needs = self.order.counts(end_step)
         factors = [max(Fraction(1), Fraction(factor)) for factor in self.factors or ["1"] * len(needs)]
         missing = [
-            f"source {number} ({source.name}) holds {source.sequences:,} sequences"
+            f"source {number} ({redact(source.name)}) holds {source.sequences:,} sequences"
             + (f", {source.sequences * factor:,g} at its factor of {factor}" if factor > 1 else "")
             + f", the run needs {need:,} by step {end_step:,}"
             for number, (source, factor, need) in enumerate(
@@ -202,7 +205,7 @@ def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> Non
         if folder not in listed:
             listed[folder] = set(os.listdir(folder or "."))
         if name not in listed[folder]:
-            raise FileNotFoundError(f"{shard.url}, named by {source.name}, does not exist")
+            raise FileNotFoundError(f"{redact(shard.url)}, named by {redact(source.name)}, does not exist")
     if local:
         open_shard(local[0], key, cache, cut_short=cut_short).close()
 
@@ -234,7 +237,8 @@ def check_vocabulary(manifest: str, vocab_size: int, cache: Cache) -> None:
         return
     if isinstance(said, int) and said > vocab_size:
         raise ValueError(
-            f"{manifest}: its tokens are of a vocabulary of {said:,} ids (info.json beside it), the model's has "
+            f"{redact(manifest)}: its tokens are of a vocabulary of {said:,} ids "
+            "(info.json beside it), the model's has "
             f"{vocab_size:,}: take a --model with vocab_size {said} or more, or tokenize with the model's tokenizer"
         )
 

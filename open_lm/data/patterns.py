@@ -4,6 +4,8 @@ import itertools
 import re
 from collections.abc import Iterator
 
+from open_lm.config.redact import HIDDEN, redact
+
 
 def expand(pattern: str) -> list[str]:
     """Shard URLs of a pattern: `::` joins patterns; {00..09}, {0..9..3}, {a..c}, {x,y} expand as in bash.
@@ -13,8 +15,10 @@ def expand(pattern: str) -> list[str]:
     parts = [part for part in pattern.split("::") if part]
     for before, part in itertools.pairwise(parts):
         if "://" in before and not re.match(r"[.~]?/|\.\./|\w+://|pipe:", part):
+            shown = HIDDEN if "pipe:" in pattern else part  # a command's rest may be secret
             raise ValueError(
-                f"{pattern}: `::` joins shards, and {part!r} is no URL as the one before it: write ./{part} for a "
+                f"{redact(pattern)}: `::` joins shards, and {shown!r} is no URL as the "
+                f"one before it: write ./{shown} for a "
                 "local file; a shard whose own name holds `::` can be named by a manifest, and in a glob as `:[:]`"
             )
     return [url for part in parts for url in expand_braces(part)]

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.config.redact import redact
 from open_lm.data.binary import BinarySequences, BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
 from open_lm.data.randomness import draw
@@ -178,7 +179,9 @@ class OpenShards:
                 return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
             except FileNotFoundError as error:
                 seconds = patience.wait_seconds(attempt)
-                logger.warning("%s; it is looked for again in %.1f s", error, seconds)
+                logger.warning(
+                    "%s; it is looked for again in %.1f s", str(error).partition(": check")[0], seconds
+                )
                 (patience.stop or threading.Event()).wait(seconds)
         return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
 
@@ -216,7 +219,8 @@ class SequenceReader:
         for shard in (shard for source in sources for shard in source.shards):
             if shard.sequence_tokens is not None and shard.sequence_tokens < self.length:
                 raise ValueError(
-                    f"shard {shard.url}: its manifest says {shard.sequence_tokens} tokens a sequence, the model's "
+                    f"shard {redact(shard.url)}: its manifest says "
+                    f"{shard.sequence_tokens} tokens a sequence, the model's "
                     f"seq_len {seq_len} needs {self.length}: tokenize for it, or take another --model"
                 )
 
@@ -244,7 +248,8 @@ class SequenceReader:
                 good_B[row] = spare >= 0
                 if spare < 0:
                     bad.append(
-                        f"shard {reader.url}: sample {reader.name(sequence)} has {self.length + spare} tokens, "
+                        f"shard {redact(reader.url)}: sample {reader.name(sequence)} "
+                        f"has {self.length + spare} tokens, "
                         f"{self.length} are needed"
                     )
             except UnreadableSample as error:
@@ -279,7 +284,8 @@ class SequenceReader:
         outside_L = (tokens_L < 0) | (tokens_L >= self.vocab_size)
         if outside_L.any():
             raise ValueError(
-                f"shard {reader.url}: sample {reader.name(sequence)} has token id {tokens_L[outside_L][0]}, "
+                f"shard {redact(reader.url)}: sample {reader.name(sequence)} has token "
+                f"id {tokens_L[outside_L][0]}, "
                 f"the model's vocabulary has {self.vocab_size}: another tokenizer's data, or the wrong --model"
             )
         return tokens_L

@@ -69,11 +69,13 @@ def read_bytes(url: str, patience: Patience | None = None) -> bytes:
 def open_local(url: str) -> int:
     path = url.removeprefix("file://")
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{url} is a folder, a file is needed")
+        raise IsADirectoryError(f"{redact(url)} is a folder, a file is needed")
     try:
         return os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such file") from None
+        raise FileNotFoundError(
+            f"{redact(url)}: no such file: check its name, and what this host has"
+        ) from None
 
 
 def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:

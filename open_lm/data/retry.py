@@ -137,7 +137,7 @@ def explain(url: str, error: BaseException) -> Exception:
     if isinstance(error, PermissionError) or status in (401, 403):
         return PermissionError(f"{redact(url)}: cannot be read, access is denied: {describe(error)}")
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{redact(url)}: no such file")
+        return FileNotFoundError(f"{redact(url)}: no such file: check its name, and what is there")
     if isinstance(error, ImportError):
         package = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(url.partition(":")[0])
         return ImportError(

@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.config.redact import redact
 from open_lm.data.binary import (
     BLOCK_BYTES,
+    CUT_SHORT,
     DTYPES,
     BinaryShard,
     Layout,
@@ -102,8 +104,9 @@ class ShardReader:
     def __getitem__(self, i: int) -> np.ndarray:
         if i >= len(self):
             raise UnreadableSample(
-                f"shard {self.url}: sample number {i} cannot be read: the tar is cut short after {len(self):,} "
-                "sequences"
+                f"shard {redact(self.url)}: sample number {i} cannot be read: the tar "
+                f"is cut short after {len(self):,} "
+                "sequences: copy or write it again"
             )
         size = int(self.index.size_N[i])
         data = os.pread(self.fd, size, int(self.index.offset_N[i]))
@@ -117,10 +120,8 @@ class ShardReader:
             if tokens.ndim != 1 or tokens.dtype != np.int64:
                 raise ValueError(f"not a flat list of whole numbers (numpy: {tokens.ndim}-d {tokens.dtype})")
         except Exception as error:  # decoders of foreign bytes may raise anything
-            message = (
-                f"shard {self.url}: sample {self.name(i)} cannot be read: {type(error).__name__}: {error}"
-            )
-            raise UnreadableSample(message) from error
+            place = f"shard {redact(self.url)}: sample {self.name(i)}"
+            raise UnreadableSample(f"{place} cannot be read: {type(error).__name__}: {error}") from error
         return tokens
 
     def name(self, i: int) -> str:
@@ -180,12 +181,12 @@ def find_key(shard: Shard, key: str) -> str:
         return key
     if shard.data_key not in DECODERS:
         raise ValueError(
-            f"shard {shard.url}: the manifest says data_key {shard.data_key!r}, "
+            f"shard {redact(shard.url)}: the manifest says data_key {shard.data_key!r}, "
             f"must be one of {', '.join(DECODERS)}"
         )
     if key != AUTO and shard.data_key.removesuffix(".gz") != key.removesuffix(".gz"):
         raise ValueError(
-            f"--data-key {key}: the manifest says {shard.data_key} of shard {shard.url}: leave the flag out"
+            f"--data-key {key}: the manifest says {shard.data_key} of shard {redact(shard.url)}: leave the flag out"
         )
     return shard.data_key if key == AUTO else key
 
@@ -198,13 +199,15 @@ def check_count(url: str, index: Index, key: str, num_sequences: int | None, cut
     if count == 0 and num_sequences != 0:
         endings = ", ".join(index.endings) or "no members at all"
         known = f"any of {', '.join('.' + known for known in DECODERS)}" if key == AUTO else f".{key}"
-        raise ValueError(f"shard {url}: no member ends in {known} (it has {endings}): see --data-key")
+        raise ValueError(f"shard {redact(url)}: no member ends in {known} (it has {endings}): see --data-key")
     if num_sequences is None and not index.is_ended:
-        raise ValueError(f"shard {url}: the tar has no end mark after {count:,} sequences: it is cut short")
+        raise ValueError(
+            f"shard {redact(url)}: the tar has no end mark after {count:,} sequences: {CUT_SHORT}"
+        )
     if num_sequences is not None and num_sequences != count:
         raise ValueError(
-            f"shard {url}: the manifest says {num_sequences:,} sequences, the tar holds {count:,}"
-            + ("" if index.is_ended else ": it is cut short")
+            f"shard {redact(url)}: the manifest says {num_sequences:,} sequences, the tar holds {count:,}"
+            + ("" if index.is_ended else f": {CUT_SHORT}")
         )
 
 
@@ -229,9 +232,9 @@ def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
         if past is not None and cut_short:
             members, is_ended = members[: members.index(past)], False
         elif past is not None:
-            raise ValueError(f"it is cut short in {past.name.decode(errors='replace')}")
+            raise ValueError(f"in {past.name.decode(errors='replace')} {CUT_SHORT}")
     except (ValueError, tarfile.TarError) as error:
-        raise ValueError(f"shard {url}: cannot be read as a tar: {error}") from error
+        raise ValueError(f"shard {redact(url)}: cannot be read as a tar: {error}") from error
     members_of: dict[str, list[Member]] = {}
     for member in members:
         ending = member.name.rpartition(b"/")[2].partition(b".")[2].decode(errors="replace").lower()
@@ -240,7 +243,7 @@ def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
         known = sorted({ending.removesuffix(".gz") for ending in members_of if ending in DECODERS})
         if len(known) > 1:
             raise ValueError(
-                f"shard {url}: its members end in {', '.join(known)}: name one of them, --data-key"
+                f"shard {redact(url)}: its members end in {', '.join(known)}: name one of them, --data-key"
             )
         key = known[0] if known else AUTO
     wanted = {key: key.endswith(".gz"), f"{key}.gz": True}
@@ -298,7 +301,7 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
     for url in expand(entry):
         if os.path.isdir(url):
             raise ValueError(
-                f"{url} is a folder: name its tars, e.g. {url.rstrip('/')}/shard_{{00000000..00000007}}.tar"
+                f"{redact(url)} is a folder: name its tars, e.g. {url.rstrip('/')}/shard_{{00000000..00000007}}.tar"
             )
         reader = open_shard(url, key, cache)
         reader.close()
@@ -307,11 +310,11 @@ def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = 
         if max_sequences is not None and total >= max_sequences:
             break
     if total == 0:
-        raise ValueError(f"{entry!r} names no shard")
+        raise ValueError(f"{redact(entry)!r} names no shard")
     seconds = time.monotonic() - started
     logger.info(
         "%s: counted %s sequences in %d shards in %.1f s; a manifest avoids it",
-        entry,
+        redact(entry),
         f"{total:,}",
         len(shards),
         seconds,
