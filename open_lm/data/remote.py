@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from open_lm.config.redact import redact
 from open_lm.data import s3
-from open_lm.data.cache import Cache, make_private_folder, open_or_write
+from open_lm.data.cache import Cache, Expected, make_private_folder, open_or_write
 from open_lm.data.patterns import expand
 from open_lm.data.retry import LastingError, Patience, retry
 
@@ -109,8 +109,8 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
     """A read-only file descriptor of the file, fetched into the cache if it is remote and not there yet.
 
     It stays valid when the cache evicts the file. Several processes may ask at once: one of them fetches.
-    `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched, not of local files:
-    what differs is fetched again. Errors (FileNotFoundError, PermissionError, ImportError, OSError with the
+    `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched and of what the cache
+    holds, not of local files: what differs is fetched again. Errors (FileNotFoundError, PermissionError, ImportError, OSError with the
     command's stderr or the server's answer) name the URL, what was expected and what came.
     """
     if is_local(url):
@@ -127,7 +127,7 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
         name,
         url,
         lambda file: fetch(url, file, cache.patience, expected, found),
-        size if found is None else found.size,
+        Expected(size if found is None else found.size, sha256),
     )
 
 
@@ -146,13 +146,6 @@ class Found(NamedTuple):
     size: int | None
     version: str
     has_parts: bool
-
-
-class Expected(NamedTuple):
-    """What a manifest says of a file."""
-
-    size: int | None
-    sha256: str | None
 
 
 def fetch(
