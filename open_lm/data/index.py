@@ -21,12 +21,12 @@ from typing import Annotated
 
 import tyro
 
-from open_lm.data.binary import BinaryShard, UnreadableSample
-from open_lm.data.digests import find_digests
+from open_lm.data.binary import BLOCK_BYTES, DTYPES, BinaryShard, UnreadableSample
+from open_lm.data.digests import find_digests, find_shard_digest
 from open_lm.data.manifest import Shard
 from open_lm.data.remote import Cache, find_file_system, is_local, list_matching, open_file
 from open_lm.data.retry import remote_errors
-from open_lm.data.shards import AUTO, ShardReader, check_count, find_layout, index_tar, open_shard
+from open_lm.data.shards import AUTO, Index, ShardReader, check_count, find_layout, index_tar, open_shard
 
 FIELDS = (  # of a line, in their order
     "num_sequences", "tokens", "bytes", "sha256", "sequence_tokens", "data_key",
@@ -62,6 +62,8 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
         index = index_tar(fd, url, key)
         check_count(url, index, key, None)
         layout = find_layout(index)
+        if layout is None and index.key in DTYPES:
+            refuse_digests(fd, url, index)
         line: dict = {"num_sequences": len(index.offset_N), "bytes": os.fstat(fd).st_size}
         line |= {"sha256": hash_file(fd)}
         try:
@@ -83,6 +85,17 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
         shard = Shard(url, **fields)
         open_shard(shard, key, cache).close()  # what is written must open
     return {name: line[name] for name in FIELDS if name in line}
+
+
+def refuse_digests(fd: int, url: str, index: Index) -> None:
+    """ValueError if a row carries a digest: rows with digests are alike, and these, as they lie in the tar, are not."""
+    for offset, size in zip(index.offset_N.tolist(), index.size_N.tolist(), strict=True):
+        if find_shard_digest(os.pread(fd, BLOCK_BYTES, offset - BLOCK_BYTES)) is not None:
+            raise ValueError(
+                f"shard {url}: the row at byte {offset:,}, of {size:,} bytes, carries a digest, as rows of tokenized "
+                "shards do, which are all alike, and the rows of this tar are not: it is damaged, or was put together "
+                "of several: write the shards anew"
+            )
 
 
 def count_tokens(reader: ShardReader | BinaryShard) -> dict:

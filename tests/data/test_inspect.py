@@ -252,3 +252,22 @@ def test_what_is_no_tokenizer_is_said(folder, tmp_path, content):
         inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/odd.json"))
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/none.json"))
+
+
+@pytest.mark.parametrize("where", [1024 * 3 + 130, 1024 * 3 + 3])
+def test_a_damaged_header_loses_no_row_in_an_index(folder, where):
+    """Of a size, and of a name."""
+    flip(folder / "shard_00000000.tar", where)
+    with pytest.raises(ValueError, match=r"shard_00000000\.tar: cannot be read as a tar: the header at byte 3,072 is"):
+        write_manifest(IndexConfig((f"{folder}/*.tar",), overwrite=True, processes=1))
+
+
+def test_rows_with_digests_that_are_not_alike_are_not_indexed(folder, tmp_path):
+    ours = (folder / "shard_00000000.tar").read_bytes()
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        member = tarfile.TarInfo("other.u16")
+        member.size = 2000
+        tar.addfile(member, io.BytesIO(bytes(2000)))
+    (tmp_path / "mixed.tar").write_bytes((tmp_path / "other.tar").read_bytes()[:2560] + ours)
+    with pytest.raises(ValueError, match=r"mixed\.tar: the row at byte 3,072, of 10 bytes, carries a digest"):
+        write_manifest(IndexConfig((f"{tmp_path}/mixed.tar",), processes=1))
