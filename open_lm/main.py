@@ -24,6 +24,7 @@ from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.config.survival import after_restart
+from open_lm.data.cache import check_folder
 from open_lm.data.errors import DataError
 from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, folder_of, leave_later, own, prepare
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
         world = mesh.start(run.distributed)
     try:
         run, continued = after_restart(run, count_restarts(), trains(run), mesh.has_begun(world))
+        agree(lambda: check_folder(run.data))
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:

@@ -71,6 +71,21 @@ def find_cache(config: DataConfig) -> Cache:
     return Cache(folder, int(config.data_cache_gib * GIB), patience=patience)
 
 
+def check_folder(config: DataConfig) -> None:
+    """Makes the folder of --data-cache, if it is given. ValueError: no file can be written there."""
+    if config.data_cache is None:
+        return
+    folder = find_cache(config).folder
+    try:
+        make_private_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache {config.data_cache}: no file can be written there ({error.strerror or error}): name a "
+            "folder of a disk of this host"
+        ) from None
+
+
 def path_in(cache: Cache, name: str) -> Path:
     """Where the file of this name is, if it is there."""
     return cache.folder / f"{name}.tar"

@@ -25,7 +25,7 @@ from open_lm.data.binary import BLOCK_BYTES, DTYPES, BinaryShard, UnreadableSamp
 from open_lm.data.digests import find_digests, find_shard_digest
 from open_lm.data.manifest import Shard
 from open_lm.data.remote import Cache, find_file_system, is_local, list_matching, open_file
-from open_lm.data.retry import remote_errors
+from open_lm.data.retry import Patience, retry
 from open_lm.data.shards import AUTO, Index, ShardReader, check_count, find_layout, index_tar, open_shard
 
 FIELDS = (  # of a line, in their order
@@ -52,6 +52,17 @@ class IndexConfig:
 
     overwrite: bool = False
     """Replace a manifest that is there already."""
+
+    data_retries: int = 6
+    """As in training."""
+
+    data_timeout: float = 30.0
+    """As in training."""
+
+    @property
+    def patience(self) -> Patience:
+        """With remote files."""
+        return Patience(self.data_retries, self.data_timeout)
 
 
 def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
@@ -120,30 +131,31 @@ def hash_file(fd: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe_tars(urls: list[str], key: str, processes: int) -> Iterator[dict]:
+def describe_tars(urls: list[str], key: str, processes: int, patience: Patience) -> Iterator[dict]:
     """`describe_tar` of each, in order, several at a time."""
     with ProcessPoolExecutor(max(1, min(processes, len(urls))), get_context("spawn")) as pool:
-        yield from pool.map(describe_tar, urls, [key] * len(urls))
+        yield from pool.map(describe_tar, urls, [key] * len(urls), [Cache(patience=patience)] * len(urls))
 
 
 def write_manifest(config: IndexConfig) -> list[dict]:
     """Writes the manifest and returns its lines. ValueError: no tars, a tar that is none, a manifest in the way."""
-    urls = [url for pattern in config.tars for url in list_matching(pattern)]
+    patience = config.patience
+    urls = [url for pattern in config.tars for url in list_matching(pattern, patience)]
     if not urls:
         raise ValueError("no tars: name at least one")
     for url in urls:
         if is_local(url) and os.path.isdir(url.removeprefix("file://")):
             raise ValueError(f"{url} is a folder: name its tars, e.g. '{posixpath.join(url, '*.tar')}'")
     output = config.output or posixpath.join(posixpath.dirname(urls[0]), "manifest.jsonl")
-    if not config.overwrite and exists(output):
+    if not config.overwrite and exists(output, patience):
         raise ValueError(f"{output} exists: --overwrite replaces it, --output names another file")
     if twice := [url for url, count in Counter(urls).items() if count > 1]:
         raise ValueError(f"{twice[0]} is named twice")
     lines = []
-    for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes), strict=True):
+    for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes, patience), strict=True):
         lines.append({"shard": name_shard(url, output)} | described)
         print(f"{url}: {described['num_sequences']:,} sequences, .{described['data_key']}", flush=True)
-    write_text(output, "".join(json.dumps(line) + "\n" for line in lines))
+    write_text(output, "".join(json.dumps(line) + "\n" for line in lines), patience)
     return lines
 
 
@@ -157,15 +169,19 @@ def name_shard(url: str, manifest: str) -> str:
     return os.path.abspath(url.removeprefix("file://")) if is_local(url) else url
 
 
-def exists(url: str) -> bool:
+def exists(url: str, patience: Patience) -> bool:
     if is_local(url):
         return os.path.exists(url.removeprefix("file://"))
-    with remote_errors(url):
-        file_system, path = find_file_system(url)
+
+    def look() -> bool:
+        file_system, path = find_file_system(url, patience)
+        file_system.invalidate_cache()
         return file_system.exists(path)
 
+    return retry(url, "looking it up", look, patience)
 
-def write_text(url: str, text: str) -> None:
+
+def write_text(url: str, text: str, patience: Patience) -> None:
     """Writes a small local or remote file: whole or not at all."""
     if is_local(url):
         path = url.removeprefix("file://")
@@ -173,9 +189,12 @@ def write_text(url: str, text: str) -> None:
             file.write(text)
         os.replace(f"{path}.partial", path)
         return
-    with remote_errors(url):
-        file_system, path = find_file_system(url)
+
+    def write() -> None:
+        file_system, path = find_file_system(url, patience)
         file_system.pipe_file(path, text.encode())
+
+    retry(url, "writing it", write, patience, verb="written")
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from open_lm.config.redact import redact
 from open_lm.data import s3
 from open_lm.data.cache import Cache, Expected, make_private_folder, open_or_write
-from open_lm.data.patterns import expand
+from open_lm.data.patterns import expand, hint
 from open_lm.data.retry import LastingError, Patience, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
@@ -84,12 +84,14 @@ def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:
     found: list[str] = []
     for url in expand(pattern):
         path = url.removeprefix("file://")
+        if is_local(url) and not glob.has_magic(path) and hint(pattern) and not os.path.exists(path):
+            raise FileNotFoundError(f"{url}: no such file{hint(pattern)}")
         if url.startswith(PIPE) or not glob.has_magic(path) or (is_local(url) and os.path.exists(path)):
             found.append(url)
             continue
         matching = sorted(glob.glob(path, recursive=True) if is_local(url) else list_remote(url, patience))
         if not matching:
-            raise FileNotFoundError(f"{redact(url)}: nothing matches")
+            raise FileNotFoundError(f"{redact(url)}: nothing matches{hint(pattern)}")
         found += matching
     return found
 
@@ -240,6 +242,8 @@ def download_whole(found: Found, file: BufferedRandom) -> None:
 
 def find_reader(url: str, patience: Patience) -> tuple[Any, str]:
     """What reads a file, with `info` and `cat_file` as fsspec's file systems have them, and the path in it."""
+    if re.fullmatch(r"(s3a?|gs|gcs)://[^/]*/?", url):
+        raise LastingError("no object is named: SCHEME://BUCKET/KEY")
     return s3.find_objects(url, patience.timeout_seconds) or find_file_system(url, patience)
 
 
@@ -252,7 +256,9 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
     import fsspec.core
 
     seconds = (patience or Patience()).timeout_seconds
-    protocol = url.partition("://")[0]
+    protocol, _, rest = url.partition("://")
+    if protocol in ("s3", "s3a") and not rest.strip("/"):
+        raise LastingError("no object is named, not even a bucket: SCHEME://BUCKET/KEY")
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
