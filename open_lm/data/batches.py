@@ -134,8 +134,8 @@ def pass_on(item):
 
 
 def log_plainly(worker: int) -> None:
-    """In a forked worker: files are opened anew, and a handler that draws on a terminal gives way to a plain one, as
-    both have locks that a thread may have held at the fork. Every line is where it would be without workers."""
+    """In a forked worker: files are opened anew, and a handler that draws on a terminal gives way to a plain one,
+    as both have locks that a thread may have held at the fork. Every line is where it would be without workers."""
     logger = logging.getLogger("open_lm")
     for handler in list(logger.handlers):
         if isinstance(handler, logging.FileHandler):

@@ -1,8 +1,8 @@
 """A folder of fetched files with a size limit, shared by all processes of a user on this host.
 
 A name stands for one content, for ever. The proof beside a file says of which bytes it was verified, when; where
-that is not this file any more, or of before the host was started, it is verified anew, and fetched if it is damaged.
-Locks are flock's: the system releases those of a dead process, and its partial files, which it had locked too, are
+that is not this file any more, or of before the host was started, it is verified anew, and fetched if it is
+damaged. Locks are flock's: the system releases those of a dead process, and its partial files, which it had locked too, are
 then removed.
 """
 
@@ -147,8 +147,8 @@ def check_cached(fd: int, stat: os.stat_result, proof: "Proof | None", expected:
 
 
 class Proof(NamedTuple):
-    """Of which file a name's content was verified: its bytes, its time of change, and since which start of the host,
-    as a crash may lose what was written before."""
+    """Of which file a name's content was verified: its bytes, its time of change, and since which start of the
+    host, as a crash may lose what was written before."""
 
     size: int
     mtime_ns: int

@@ -62,7 +62,10 @@ def grown_from(saved: dict[str, Any], source: Source) -> int | None:
             sequences += next(shards).num_sequences
             count += 1
             if sequences == saved["sequences"] and count == saved.get("shards", count):
-                for old in (source.listing[:end], source.listing[:end] + b"\n"):  # the last newline is optional
+                for old in (
+                    source.listing[:end],
+                    source.listing[:end] + b"\n",
+                ):  # the last newline is optional
                     if hashlib.sha256(old).hexdigest() == saved["sha256"]:
                         return count
         end += 1

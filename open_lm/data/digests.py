@@ -86,16 +86,19 @@ def find_faults(fd: int, layout: Layout, shard_digest: str) -> Iterator[str]:
 
 
 def find_own_faults(fd: int, layout: Layout) -> Iterator[str]:
-    """Of rows whose manifest says nothing of their digests: `find_faults` where all are of one shard, else those that
-    carry a digest and are not what it says."""
+    """Of rows whose manifest says nothing of their digests: `find_faults` where all are of one shard, else those
+    whose headers are damaged, or that carry a digest and are not what it says."""
     if (digest := find_common(fd, layout)) is not None:
         yield from find_faults(fd, layout, digest)
         return
     for i in range(layout.count):
         member = os.pread(fd, BLOCK_BYTES + layout.sequence_bytes, row_start(layout, i))
         header, data = member[:BLOCK_BYTES], member[BLOCK_BYTES:]
-        if find_shard_digest(header) is not None and digest_row(header, data) != header[ROW].rstrip(b"\0"):
-            yield f"sample {parse_header(header)[0] or f'number {i}'}: the digest of its bytes is not the one in its header"
+        name, size = parse_header(header)
+        if header[257:262] == b"ustar" and size is None:
+            yield f"sample number {i} has a damaged header"
+        elif find_shard_digest(header) is not None and digest_row(header, data) != header[ROW].rstrip(b"\0"):
+            yield f"sample {name}: the digest of its bytes is not the one in its header"
 
 
 def find_common(fd: int, layout: Layout) -> str | None:

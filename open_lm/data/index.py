@@ -99,13 +99,13 @@ def describe_tar(url: str, key: str = AUTO, cache: Cache | None = None) -> dict:
 
 
 def refuse_digests(fd: int, url: str, index: Index) -> None:
-    """ValueError if a row carries a digest: rows with digests are alike, and these, as they lie in the tar, are not."""
+    """ValueError if a row carries a digest: rows with digests are alike, and these are not."""
     for offset, size in zip(index.offset_N.tolist(), index.size_N.tolist(), strict=True):
         if find_shard_digest(os.pread(fd, BLOCK_BYTES, offset - BLOCK_BYTES)) is not None:
             raise ValueError(
-                f"shard {url}: the row at byte {offset:,}, of {size:,} bytes, carries a digest, as rows of tokenized "
-                "shards do, which are all alike, and the rows of this tar are not: it is damaged, or was put together "
-                "of several: write the shards anew"
+                f"shard {url}: the row at byte {offset:,}, of {size:,} bytes, carries a digest, as rows of "
+                "tokenized shards do, which are all alike, and this tar's are not: it is damaged, or was put together of "
+                "several: write the shards anew"
             )
 
 
@@ -152,7 +152,9 @@ def write_manifest(config: IndexConfig) -> list[dict]:
     if twice := [url for url, count in Counter(urls).items() if count > 1]:
         raise ValueError(f"{twice[0]} is named twice")
     lines = []
-    for url, described in zip(urls, describe_tars(urls, config.data_key, config.processes, patience), strict=True):
+    for url, described in zip(
+        urls, describe_tars(urls, config.data_key, config.processes, patience), strict=True
+    ):
         lines.append({"shard": name_shard(url, output)} | described)
         print(f"{url}: {described['num_sequences']:,} sequences, .{described['data_key']}", flush=True)
     write_text(output, "".join(json.dumps(line) + "\n" for line in lines), patience)

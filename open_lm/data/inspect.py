@@ -100,7 +100,9 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
         if isinstance(reader, BinaryShard):
             known = shard.row_digests
             faults = (
-                find_faults(reader.fd, reader.layout, known) if known else find_own_faults(reader.fd, reader.layout)
+                find_faults(reader.fd, reader.layout, known)
+                if known
+                else find_own_faults(reader.fd, reader.layout)
             )
             odd_rows = [f"shard {shard.url}: {fault}" for fault in faults]
         elif reader.index.key in DTYPES:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Iterator
 
-
 COLONS = "; a shard whose own name holds `::` can be named by a manifest, and in a glob as `:[:]`"
 
 

@@ -33,8 +33,8 @@ from open_lm.data.source_order import LANES
 
 logger = logging.getLogger(__name__)
 
-# A manifest names the local shard, so it was there: network disks and shards in replacement lack it for a moment. An
-# object store's 404 is final.
+# A manifest names the local shard, so it was there: network disks and shards in replacement lack it for a moment.
+# An object store's 404 is final.
 GONE_RETRIES = 2
 # What a request costs, in bytes of a whole shard: 3 ms of CPU, 50 on the way, in which some MB come. When those of
 # a shard's rows have cost as much as all of it, it is waited for.
@@ -74,7 +74,7 @@ class OpenShards:
 
     def get(self, shard: Shard) -> Reader:
         """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
-        is gone, a local one also after waiting for it; OSError if rows that were read by ranges are not those it has."""
+        is gone, a local one also after waiting for it; OSError if rows that ranges gave are not those it has."""
         reader = self.readers.get(shard.url)
         if isinstance(reader, RangedShard) and reader.has_come():
             reader = self.replace(reader)

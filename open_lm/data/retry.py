@@ -59,11 +59,9 @@ class LastingError(OSError):
     """One that another attempt would meet again."""
 
 
-def retry(
-    url: str, action: str, operation: Callable[[], T], patience: Patience, verb: str = "read"
-) -> T:
-    """What `operation` returns, called up to 1 + patience.retries times; `action` says what it does, `verb` what the
-    URL cannot be where it fails.
+def retry(url: str, action: str, operation: Callable[[], T], patience: Patience, verb: str = "read") -> T:
+    """What `operation` returns, called up to 1 + patience.retries times; `action` says what it does, `verb` what
+    the URL cannot be where it fails.
 
     Again: throttling, 5xx, resets, stalls, bodies that end early, names that do not resolve. At once: what is
     not there, not allowed, without credentials, or wrong in itself. Errors (FileNotFoundError, PermissionError,

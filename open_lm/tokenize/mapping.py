@@ -144,7 +144,8 @@ def encode_unit(task: Encode) -> dict:
     pieces.flush()
     counts["bad"] = len(bad)
     return {
-        "blocks": pieces.blocks, "counts": dict(sorted(counts.items())), "lines": lines, "bad": bad, "passed": passed
+        "blocks": pieces.blocks, "counts": dict(sorted(counts.items())), "lines": lines, "bad": bad,
+        "passed": passed,
     }  # fmt: skip
 
 

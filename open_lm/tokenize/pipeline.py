@@ -227,8 +227,8 @@ class Run:
         if count:
             named = [name for result in encoded for name in result.get("passed", ())][:SHOWN]
             self.progress.say(
-                f"warning: --inputs: {count:,} members of its tars are passed over, as their endings are not those of "
-                f"documents ({', '.join(named)}{', …' if count > len(named) else ''}; known there: {IN_TARS})"
+                f"warning: --inputs: {count:,} members of its tars are passed over, as their endings are not those "
+                f"of documents ({', '.join(named)}{', …' if count > len(named) else ''}; known there: {IN_TARS})"
             )
 
     def check_enough(self, parts: Sequence[str], encoded: Sequence[dict]) -> None:

@@ -212,8 +212,8 @@ def decode_text(data: bytes) -> tuple[str | None, str]:
 
 
 def read_tar(stream: BinaryIO, how: How, member: str, start: int, end: int | None) -> Iterator[Document]:
-    """The documents of every member with a known ending, in the tar's order. Others, but for hidden ones, are an empty
-    Document that says so."""
+    """The documents of every member with a known ending, in the tar's order. Others, but for hidden ones, are an
+    empty Document that says so."""
     tail = Tail(stream)
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]

@@ -355,7 +355,9 @@ class Warner:
 def test_what_workers_warn_of_is_once_on_the_console_and_once_in_the_log(
     tmp_path, capfd, monkeypatch, workers, terminal
 ):
-    monkeypatch.setattr(log_module, "Console", lambda: Console(force_terminal=terminal, width=200, no_color=True))
+    monkeypatch.setattr(
+        log_module, "Console", lambda: Console(force_terminal=terminal, width=200, no_color=True)
+    )
     log = Log(tmp_path, rank=0)
     try:
         list(load(Warner(), range(3), workers, NO_MASKS))

@@ -237,7 +237,9 @@ def test_a_whole_file_is_verified_once_of_a_start_of_the_host(tmp_path, monkeypa
 
 def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
     cache, synced, fsync = Cache(tmp_path / "cache"), [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, sizes(cache))) or fsync(fd))
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, sizes(cache))) or fsync(fd)
+    )
     os.close(open_file("pipe:printf 7", cache))
     assert synced == [(1, [])]
 
@@ -250,3 +252,15 @@ def test_the_proof_goes_with_its_file(tmp_path):
     cache_module.remove(cached(cache))
     os.close(open_file("pipe:printf 7", Cache(cache.folder, limit_bytes=0)))
     assert not list(cache.folder.glob("*.proof"))
+
+
+def test_a_folder_that_is_none_is_said_with_its_flag(tmp_path):
+    from open_lm.config import DataConfig
+
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in it", "/proc/none"):
+        with pytest.raises(ValueError, match=f"^--data-cache {folder}: no file can be written there"):
+            cache_module.check_folder(DataConfig(data_cache=str(folder)))
+    cache_module.check_folder(DataConfig(data_cache=str(tmp_path / "new")))
+    assert list((tmp_path / "new").iterdir()) == []
+    cache_module.check_folder(DataConfig())

@@ -202,7 +202,9 @@ def test_a_flipped_bit_of_any_size_loses_no_row(tmp_path, cache, tar_format):
             damaged[offset + digit] ^= 1
             (tmp_path / "b.tar").write_bytes(damaged)
             for expected in (None, 20):
-                with pytest.raises(ValueError, match=rf"b\.tar: cannot be read as a tar: the header at byte {where} is"):
+                with pytest.raises(
+                    ValueError, match=rf"b\.tar: cannot be read as a tar: the header at byte {where} is"
+                ):
                     open_shard(str(tmp_path / "b.tar"), "json", cache, num_sequences=expected)
 
 

@@ -520,3 +520,14 @@ def test_members_of_tars_that_are_passed_over_are_counted_and_said(tmp_path, tok
     assert f"{tmp_path}/a.tar:0.csv, " in said
     assert "9.csv, …; known there: .jsonl" in said
     assert (info["sources"][0]["members_passed_over"], info["documents"]) == (12, 1)
+
+
+def test_an_input_that_was_touched_is_said_in_words(inputs, tmp_path, tokenizer):
+    made = config(inputs, tmp_path / "out", tokenizer)
+    tokenize(made)
+    touched = sorted(path for path in inputs.rglob("*") if path.is_file())[0]
+    os.utime(touched, (1, 1))
+    with pytest.raises(
+        ValueError, match=rf"{touched}: its modification time changed, from \d+ to 1000000000$"
+    ):
+        tokenize(made)

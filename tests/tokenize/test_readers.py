@@ -228,7 +228,14 @@ def test_parquet_in_a_tar(tmp_path):
 
 
 def test_members_that_hold_no_documents_are_named(tmp_path):
-    members = {"a.csv": b"1,2", ".hidden": b"", "b.txt": b"text", "c.tar": b"", "d.parquet.gz": b"", "README": b""}
+    members = {
+        "a.csv": b"1,2",
+        ".hidden": b"",
+        "b.txt": b"text",
+        "c.tar": b"",
+        "d.parquet.gz": b"",
+        "README": b"",
+    }
     write_members(tmp_path / "a.tar", **members)
     documents = read(tmp_path / "a.tar")
     assert [d.member for d in documents if d.is_passed] == ["a.csv", "c.tar", "d.parquet.gz", "README"]
