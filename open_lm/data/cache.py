@@ -2,8 +2,8 @@
 
 A name stands for one content, for ever. The proof beside a file says of which bytes it was verified, when; where
 that is not this file any more, or of before the host was started, it is verified anew, and fetched if it is
-damaged. Locks are flock's: the system releases those of a dead process, and its partial files, which it had locked too, are
-then removed.
+damaged. Locks are flock's: the system releases those of a dead process, and its partial files, which it had locked
+too, are then removed.
 """
 
 import errno

@@ -104,8 +104,8 @@ def refuse_digests(fd: int, url: str, index: Index) -> None:
         if find_shard_digest(os.pread(fd, BLOCK_BYTES, offset - BLOCK_BYTES)) is not None:
             raise ValueError(
                 f"shard {url}: the row at byte {offset:,}, of {size:,} bytes, carries a digest, as rows of "
-                "tokenized shards do, which are all alike, and this tar's are not: it is damaged, or was put together of "
-                "several: write the shards anew"
+                "tokenized shards do, which are all alike, and this tar's are not: it is damaged, or was put "
+                "together of several: write the shards anew"
             )
 
 

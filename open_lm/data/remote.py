@@ -113,7 +113,8 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
     It stays valid when the cache evicts the file. Several processes may ask at once: one of them fetches.
     `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched and of what the cache
     holds, not of local files: what differs is fetched again. Errors (FileNotFoundError,
-    PermissionError, ImportError, OSError with the command's stderr or the server's answer) name the URL, what was expected and what came.
+    PermissionError, ImportError, OSError with the command's stderr or the server's answer) name the URL,
+    what was expected and what came.
     """
     if is_local(url):
         return open_local(url)

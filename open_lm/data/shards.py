@@ -8,7 +8,6 @@ import logging
 import mmap
 import os
 import posixpath
-import re
 import tarfile
 import time
 import weakref
@@ -18,21 +17,19 @@ import numpy as np
 
 from open_lm.data.binary import (
     BLOCK_BYTES,
-    CHECKSUM,
     DTYPES,
     BinaryShard,
     Layout,
     UnreadableSample,
     check_layout,
     found_layout,
-    parse_octal,
     promised_layout,
-    sum_header,
 )
 from open_lm.data.manifest import Shard, Source, is_manifest, read_manifest
 from open_lm.data.patterns import expand
 from open_lm.data.remote import Cache, open_file
 from open_lm.data.retry import Stopped
+from open_lm.data.tars import DamagedHeader, Member, list_members, scan_members
 
 logger = logging.getLogger(__name__)
 
@@ -78,21 +75,6 @@ class Index(NamedTuple):
     gzipped_N: np.ndarray
     is_ended: bool  # by tar's end mark; without it the file may have been cut at a member's end
     endings: tuple[str, ...]  # of the other members
-
-
-class Member(NamedTuple):
-    name: bytes
-    offset: int
-    size: int
-
-
-class DamagedHeader(ValueError):
-    """A header that is none, or not what its checksum says; where, and the members before it."""
-
-    def __init__(self, offset: int, why: str, members: list[Member]):
-        super().__init__(f"the header at byte {offset:,} is damaged: {why}")
-        self.members = members
-        self.offset = offset
 
 
 class ShardReader:
@@ -270,57 +252,6 @@ def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
     others = sorted(f".{ending}" for ending in members_of.keys() - wanted.keys())[:5]
     offset_N, size_N, gzipped_N = np.array(found, dtype=np.int64).reshape(-1, 3).T
     return Index(key, offset_N, size_N, gzipped_N.astype(bool), is_ended, tuple(others))
-
-
-def scan_members(data: mmap.mmap) -> tuple[list[Member] | None, int]:
-    """The regular files of a plain tar and where its end mark should be; None if only tarfile can tell.
-
-    Faster than tarfile on what tarfile and webdataset write: ustar, and pax without path or size. DamagedHeader.
-    """
-    members, offset = [], 0
-    while True:
-        header = data[offset : offset + BLOCK_BYTES]
-        if len(header) < BLOCK_BYTES or header == bytes(BLOCK_BYTES):
-            return members, offset
-        if header[257:262] != b"ustar" or header[124] & 0x80:
-            return None, 0
-        try:
-            if sum_header(header) != parse_octal(header[CHECKSUM]):
-                raise ValueError("its checksum does not fit")
-            size = parse_octal(header[124:136])
-        except ValueError as error:
-            raise DamagedHeader(offset, str(error), members) from None
-        start = offset + BLOCK_BYTES
-        kind = header[156:157]
-        if kind in b"0\0":
-            members.append(Member(header[:100].partition(b"\0")[0], start, size))
-        elif kind != b"x" or re.search(rb"\d (path|size|GNU\.)", data[start : start + size]):
-            return None, 0
-        offset = start + -(-size // BLOCK_BYTES) * BLOCK_BYTES
-
-
-def list_members(fd: int, length: int) -> tuple[list[Member], int]:
-    """As `scan_members`, of any tar of `length` bytes, by the standard library."""
-    members: list[Member] = []
-    with os.fdopen(os.dup(fd), "rb") as file:
-        file.seek(0)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            try:
-                for m in tar:
-                    if m.size < 0 or tar.offset <= m.offset:  # the next would be this one again
-                        raise DamagedHeader(m.offset, f"a size of {m.size:,} bytes", members)
-                    if m.isreg():
-                        members.append(Member(m.name.encode(errors="surrogateescape"), m.offset_data, m.size))
-                    if m.offset_data + m.size > length:
-                        return members, tar.offset
-            except tarfile.TarError as error:  # of one header of several, as long names have
-                raise DamagedHeader(tar.offset, str(error), members) from None
-            end = tar.offset
-        file.seek(end)
-        header = file.read(BLOCK_BYTES)
-        if len(header) == BLOCK_BYTES and any(header):  # the library takes it for the end
-            raise DamagedHeader(end, "its checksum does not fit, or it is none", members)
-    return members, end
 
 
 def find_source(entry: str, key: str, cache: Cache, max_sequences: int | None = None) -> Source:
