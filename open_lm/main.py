@@ -24,6 +24,7 @@ from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.config.survival import after_restart
+from open_lm.data.cache import check_folder
 from open_lm.data.errors import DataError
 from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, folder_of, leave_later, own, prepare
@@ -66,6 +67,7 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
         world = mesh.start(run.distributed)
     try:
         run, continued = after_restart(run, world.restarts, trains(run), mesh.has_begun(world))
+        agree(lambda: check_folder(run.data))
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:
@@ -127,21 +129,17 @@ def execute(job: Job) -> None:
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
         dtype = compute_dtype(run.distributed, run.optim.precision)
-        kernel, name = kernel_of(job.config, world.device, dtype), str(dtype).removeprefix("torch.")
-        logger.info(f"attention's kernel: {kernel}, in {name}")
+        logger.info(f"attention's kernel: {kernel_of(job.config, world.device, dtype)}, in {str(dtype)[6:]}")
         if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)
         model = parallelize(
-            job.config,
-            world=world,
-            distributed=run.distributed,
-            precision=run.optim.precision,
+            job.config, world=world, distributed=run.distributed, precision=run.optim.precision,
             seed=run.optim.seed,
             grad_checkpointing=run.model.grad_checkpointing,
             torchcompile=run.model.torchcompile,
             meta=not run.model.disable_meta_device,
-        )
+        )  # fmt: skip
         for name, parameter in model.named_parameters():
             logger.debug("%s: %s %s", name, tuple(parameter.shape), parameter.dtype)
         if job.schedule is None:
@@ -156,10 +154,10 @@ def execute(job: Job) -> None:
             log.failure(str(end.__cause__))
         raise
     except Exception as error:
-        written_to = log.traceback(error)
+        written_to, text = log.traceback(error), f"{type(error).__name__}: {error}"
         if isinstance(error, SAID):
-            error.written_to = written_to
-        log.failure(str(error) if isinstance(error, SAID) else f"{type(error).__name__}: {error}")
+            error.written_to, text = written_to, str(error)
+        log.failure(text)
         world.watch.fail(error)
         raise
     finally:

@@ -121,13 +121,19 @@ def read_header(fd: int, offset: int) -> tuple[str, int | None]:
 def parse_header(header: bytes) -> tuple[str, int | None]:
     """Name and size of a tar's member; ("", None) if this is no header, or one that its checksum does not fit."""
     try:
-        if header[257:262] != b"ustar" or sum_header(header) != int(header[CHECKSUM].rstrip(b"\0 "), 8):
+        if header[257:262] != b"ustar" or sum_header(header) != parse_octal(header[CHECKSUM]):
             return "", None
-        return header[:100].partition(b"\0")[0].decode(errors="replace"), int(
-            header[124:136].rstrip(b"\0 "), 8
-        )
+        return header[:100].partition(b"\0")[0].decode(errors="replace"), parse_octal(header[124:136])
     except ValueError:
         return "", None
+
+
+def parse_octal(field: bytes) -> int:
+    """A number of a tar's header. ValueError: it is none, or less than 0."""
+    digits = field.strip(b"\0 ")
+    if digits.translate(None, b"01234567"):
+        raise ValueError(f"{field!r} is no octal number")
+    return int(digits or b"0", 8)
 
 
 def sum_header(header: bytes) -> int:

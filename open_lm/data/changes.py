@@ -63,7 +63,10 @@ def grown_from(saved: dict[str, Any], source: Source) -> int | None:
             sequences += next(shards).num_sequences
             count += 1
             if sequences == saved["sequences"] and count == saved.get("shards", count):
-                for old in (source.listing[:end], source.listing[: end + 1]):  # the last newline is optional
+                for old in (
+                    source.listing[:end],
+                    source.listing[:end] + b"\n",
+                ):  # the last newline is optional
                     if hashlib.sha256(old).hexdigest() == saved["sha256"]:
                         return count
         end += 1
@@ -137,7 +140,8 @@ def changes_since(
     goes_on = set(changed) <= MOVES_ON | {"masks"}
     for number, (old, source) in enumerate(zip(there, sources, strict=True)):
         count = len(source.shards) if old["sha256"] == source.sha256 else grown_from(old, source)
-        if old["sha256"] != source.sha256 and not (append and count is not None):
+        grown = count is not None and count < len(source.shards)
+        if count is None or (grown and not append):
             texts.insert(0, f"source {number} ({redact(source.name)}): {differ(old, source)}")
         if count is None:
             goes_on = False

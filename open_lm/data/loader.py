@@ -2,8 +2,10 @@
 
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from torch.utils.data import Dataset
@@ -42,7 +44,9 @@ class TrainData:
         seed: int,
         cache: Cache | None = None,
         end_of_text: int | None = None,
+        stop: threading.Event | None = None,
     ):
+        """`stop`, once it is set, ends the search for the sources, which may open every shard: Stopped."""
         if global_batch % world_size:
             raise ValueError(
                 f"the global batch of {global_batch} sequences cannot be shared by {world_size} ranks"
@@ -62,7 +66,7 @@ class TrainData:
             self.items: Dataset = SyntheticSteps(seed, *slots, seq_len + 1, vocab_size)
             return
         cache = cache or find_cache(config)
-        self.sources = find_sources(config, cache)
+        self.sources = find_sources(config, until(cache, stop))
         for source in self.sources:
             check_vocabulary(source.name, vocab_size, cache)
         if rank == 0:
@@ -193,6 +197,11 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     raise ValueError("no training data: give --dataset-manifest, --train-data or --dataset-type synthetic")
 
 
+def until(cache: Cache, stop: threading.Event | None) -> Cache:
+    """The cache whose patience ends when `stop` is set."""
+    return replace(cache, patience=replace(cache.patience, stop=stop))
+
+
 def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> None:
     """Of a local source: every tar is there, and the first opens and holds what the manifest says.
 
@@ -261,10 +270,11 @@ class ValData:
         cache: Cache | None = None,
         masks: Masks = NO_MASKS,
         name: str | None = None,
+        stop: threading.Event | None = None,
     ):
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
-        source = find_source(entry, key, cache, limit)
+        source = find_source(entry, key, until(cache, stop), limit)
         if is_manifest(entry):
             check_shards(source, key, cache, ignore_parse_errors)
             check_vocabulary(entry, vocab_size, cache)

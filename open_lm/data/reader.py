@@ -34,7 +34,8 @@ from open_lm.data.source_order import LANES
 
 logger = logging.getLogger(__name__)
 
-# A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
+# A manifest names the local shard, so it was there: network disks and shards in replacement lack it for a moment.
+# An object store's 404 is final.
 GONE_RETRIES = 2
 # What a request costs, in bytes of a whole shard: 3 ms of CPU, 50 on the way, in which some MB come. When those of
 # a shard's rows have cost as much as all of it, it is waited for.
@@ -74,7 +75,7 @@ class OpenShards:
 
     def get(self, shard: Shard) -> Reader:
         """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
-        is gone, also after waiting for it; OSError if rows that were read by ranges are not those it has."""
+        is gone, a local one also after waiting for it; OSError if rows that ranges gave are not those it has."""
         reader = self.readers.get(shard.url)
         if isinstance(reader, RangedShard) and reader.has_come():
             reader = self.replace(reader)
@@ -130,12 +131,8 @@ class OpenShards:
             for reader, needed in readers
             for together in reader.requests(needed)
         ]
-        for reader, future in keeping:
-            try:
-                future.result()
-            except FileNotFoundError:  # the whole shard tells what is wrong, if it is
-                if self.readers.get(reader.url) is reader:
-                    self.replace(reader)
+        for _, future in keeping:
+            future.result()
         for reader, _ in readers:
             self.fetch(reader)
 
@@ -154,7 +151,7 @@ class OpenShards:
         """The whole shard, with which the rows that were read by ranges agree."""
         try:
             whole = self.fetch(reader).result()
-        except PermissionError:
+        except (PermissionError, FileNotFoundError):
             raise
         except OSError as error:
             logger.warning("%s; fetched once more", error)  # that may be long ago
@@ -174,7 +171,8 @@ class OpenShards:
     def open(self, shard: Shard) -> ShardReader | BinaryShard:
         """The whole shard, fetched if it is remote."""
         patience = self.cache.patience
-        for attempt in range(1, min(patience.retries, GONE_RETRIES) + 1):
+        looks = min(patience.retries, GONE_RETRIES) if is_local(shard.url) else 0
+        for attempt in range(1, looks + 1):
             try:
                 return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
             except FileNotFoundError as error:

@@ -128,6 +128,11 @@ class Watch:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
         return self._asked.is_set()
 
+    @property
+    def stop(self) -> threading.Event:
+        """Set when this rank knows that the run is to stop; for what is done before the ranks agree on it."""
+        return self._asked
+
     def why(self) -> str:
         """The signal and the rank that it came to, once the ranks have agreed to stop."""
         if not self.reason and self._store is not None:

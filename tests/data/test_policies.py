@@ -115,7 +115,7 @@ def test_ranks_end_together(spawn, with_short_samples, tmp_path):
 
 def test_changed_data_go_on_with_the_flag_and_a_warning(with_short_samples, tmp_path, capsys):
     train(with_short_samples, tmp_path, "--max-steps 5")
-    with_short_samples.write_text(with_short_samples.read_text() + "\n")
+    with_short_samples.write_text(with_short_samples.read_text().replace("}", ', "x": 1}'))
     with pytest.raises(SystemExit):
         train(with_short_samples, tmp_path, "--resume latest --max-steps 6 --global-batch-size 4")
     message = capsys.readouterr().err
