@@ -274,10 +274,10 @@ def restart(folder: Path, quick: bool) -> str:
     flags = f"{source(folder)} --workers 1 {MOE} {steps(5, 30)}"
     whole = folder / "whole"
     run(whole, flags, ranks=2)
-    seen = [restarted(folder / "killed", whole, flags, kills=1)]
-    kills = 1 if quick else 3
-    seen += [f"two agents: {restarted(folder / 'agents', whole, flags, agents=2, kills=kills)}"]
-    return "; ".join(seen)
+    if quick:
+        return restarted(folder / "agents", whole, flags, agents=2, kills=1)
+    one = restarted(folder / "killed", whole, flags, kills=1)
+    return f"{one}; two agents: {restarted(folder / 'agents', whole, flags, agents=2, kills=3)}"
 
 
 def restarted(place: Path, whole: Path, flags: str, *, agents: int = 1, kills: int) -> str:
