@@ -49,19 +49,10 @@ class BadSamples:
             )
 
 
-def look_at(skips: Skips, progress: Progress, finding_scale: bool, limit: int) -> None:
-    """Brings `progress` up to date; warns of new skips, but for the few by which fp16 finds its scale, and of a row
-    of `limit` or more that has ended by itself since the last look."""
+def look_at(skips: Skips, progress: Progress, finding_scale: bool) -> None:
+    """Brings `progress` up to date; warns of new skips, but for the few by which fp16 finds its scale."""
     before, spikes_before = progress.skipped_updates, progress.skipped_spikes
     skips.read(progress)
-    longest = skips.longest_row
-    skips.begin_rows_()
-    if longest >= limit > progress.skipped_in_a_row:
-        logger.warning(
-            "step %d: %d updates in a row were skipped, at least --max-skipped-updates %d, but the row ended "
-            "before this look: the run has recovered by itself and goes on; look at its loss",
-            progress.step, longest, limit,
-        )  # fmt: skip
     if progress.skipped_spikes > spikes_before:
         logger.warning(
             "step %d: the loss was a spike in %d of the last steps: these updates were skipped on all ranks "

@@ -41,9 +41,6 @@ from open_lm.parallel.plan import autocast, no_sync, routers
 from open_lm.parallel.watch import StopAsked
 from open_lm.skips import BadSamples, keep_statistics, look_at
 
-# Steps between looks at whether updates were skipped: without a log line, a look alone waits for the GPU
-LOOK_EVERY = 100
-
 
 def accumulate_gradients(
     model: nn.Module,
@@ -243,6 +240,8 @@ def train(
         kept = progress.accepted_losses
         spikes = LossSpikes(optim.skip_loss_spikes, optim.loss_spike_window, world.device, kept)
     begun = progress.step
+    # Whether updates are skipped is known to the device: to look waits for it. No row can be full before this step.
+    look_due = progress.step + optim.max_skipped_updates - progress.skipped_in_a_row
     show = log.progress(schedule.end_step, progress.step)
     model.train()
     watch.at("starting", progress.step)
@@ -299,13 +298,11 @@ def train(
         interval = schedule.interval_of(step)
         ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
-        if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
-            look_at(
-                skips, progress, finding_scale=loss_scale is not None and scale > 1.0,
-                limit=optim.max_skipped_updates,
-            )  # fmt: skip
+        if logs or progress.step >= look_due:
+            look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
+            look_due = progress.step + optim.max_skipped_updates - progress.skipped_in_a_row
             clock.lap("look_time")  # the wait for the GPU is not one for data
-            if progress.skipped_in_a_row >= optim.max_skipped_updates:  # so the row has changed nothing yet
+            if progress.skipped_in_a_row >= optim.max_skipped_updates:
                 seed_randomness_(optim.seed, step, world.rank)
                 randomness = torch.get_rng_state()
                 again = accumulate_gradients(

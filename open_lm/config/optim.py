@@ -85,8 +85,7 @@ class OptimConfig:
 
     max_skipped_updates: int = 100
     """Updates skipped in a row (loss or gradient not finite, or a spike of the loss) that end the run, with an
-    error and a state to debug in LOGS/NAME/debug. Noticed at log lines, and every that many steps (100 at most); a
-    row that has ended by then, by an update that was not skipped, is warned of and the run goes on."""
+    error and a state to debug in LOGS/NAME/debug, at the step that makes the row full."""
 
     skip_loss_spikes: float | None = None
     """Skip the update of a step whose loss is above median + this times the scaled median absolute deviation of the
