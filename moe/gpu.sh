@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything about the triton backend that only a GPU can tell, in about four minutes on 16 cores:
-#   bash moe/gpu.sh OUTPUT [parity] [warm] [tune] [layers] [memory]
-# Without steps: all, in this order. Each has a limit of seconds and a log OUTPUT/<step>.txt; records are OUTPUT/*.jsonl.
-# WRITE=1 puts the fastest tiles into the table before the layers are timed.
+# Everything about the triton backend that only a GPU can tell, on 16 cores:
+#   bash moe/gpu.sh OUTPUT [parity] [warm] [tune] [layers] [memory] [curves] [warm_steps] [steps]
+# Without steps: parity, tune, warm, layers and memory, in this order; without the others about four minutes. Each has a limit of seconds and a log OUTPUT/<step>.txt; records are OUTPUT/*.jsonl.
+# WRITE=1 puts the fastest tiles into the table before the layers are timed. `curves` needs DATA, a manifest of text.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHON=${PYTHON:-python}
@@ -63,9 +63,33 @@ layer_table() {
 memory() {
     $PYTHON moe/bench.py 160m --backends triton --plans recompute save+in_place --compile --repeats 3 --blocks 16
 }
-export -f parity warm tune layer_table memory
+# 300 steps on text beside another backend.
+curves() {
+    $PYTHON moe/curves.py --data "$DATA" --models 41m 160m --backends grouped_mm triton --flags=--torchcompile \
+        --record "$output/curves.jsonl"
+}
+
+# MODEL EXPERTS BATCH of the step table, the largest last: a group's runs share the GPU while they compile.
+models=("41m 1 32" "87m 1 32" "160m 1 16" "41m 8 32" "87m 8 32" "160m 8 16"
+        "410m 1 8" "410m 8 8" "160m 32 16" "830m 1 8" "830m 8 4")
+timed_step() { # STEPS RECORD MODEL EXPERTS BATCH
+    local flags="--torchcompile"
+    [ "$4" -gt 1 ] && flags+=" --moe-capacity-factor 0 --moe-backend triton"
+    $PYTHON moe/bench.py steps --models "$3" --experts "$4" --batch-size "$5" --steps "$1" --flags="$flags" \
+        --record "$2"
+}
+warm_steps() {
+    local count=0
+    for model in "${models[@]}"; do
+        timed_step 3 /dev/null $model > /dev/null &
+        ((++count % 6)) || wait
+    done
+    wait
+}
+steps() { for model in "${models[@]}"; do timed_step 45 "$output/speed.jsonl" $model; done; }
+export -f parity warm tune layer_table memory curves timed_step warm_steps steps
 # arrays do not pass through the environment
-export ARRAYS="$(declare -p shapes plans backends layers)" output
+export ARRAYS="$(declare -p shapes plans backends layers models)" output
 run() { step "$1" "$2" bash -c 'eval "$ARRAYS"; '"$3"; }
 
 [ $# -eq 0 ] && set -- parity tune warm layers memory
@@ -76,6 +100,9 @@ for wanted in "$@"; do
         warm) run 60 warm warm ;;
         layers) run 150 layers layer_table ;;
         memory) run 40 memory memory ;;
+        curves) run 200 curves curves ;;
+        warm_steps) run 200 warm_steps warm_steps ;;
+        steps) run 350 steps steps ;;
         *) echo "no step $wanted" >&2; exit 2 ;;
     esac
 done

@@ -24,8 +24,8 @@ HOW_TO_READ = (
     "state.json: the step (done again), its loss, the gradient's L2 norm of every parameter (those that are not "
     "finite: not_finite), each rank's sample names. batch_rank_N.safetensors: tokens (B, S) and targets (B, S; "
     "-100: none) of rank N, and rng, the torch generator's state at the step's begin. weights.safetensors: the "
-    "model, which the step did not change, by its parameters' names. Read them with safetensors.torch.load_file; "
-    "flags are in ../params.txt."
+    "model, which neither the step nor those skipped before it in a row changed, by its parameters' names. Read "
+    "them with safetensors.torch.load_file; flags are in ../params.txt."
 )
 
 
@@ -41,17 +41,15 @@ def end_skipping(
     loss_scale: float,
     samples: Sequence[str],
     limit: int,
-    row: int,
 ) -> None:
-    """RuntimeError on all ranks, once the step just done, done `again`, is in the folder; `row` updates were
-    skipped in a row, up to that step or shortly before. Collective."""
+    """RuntimeError on all ranks, once the step just done, done `again`, is in the folder: the last of the row of
+    updates that were skipped, so it has the weights with which the row began. Collective."""
     kept = write_debug_state(
         folder, model, batch, again, randomness, progress, world=world, loss_scale=loss_scale, samples=samples
     )
     kinds = "not finite" if not progress.skipped_spikes else "not finite or a spike"
-    over = " (the row ended before this step)" if progress.skipped_in_a_row < row else ""
     raise RuntimeError(
-        f"step {progress.step}: loss or gradient was {kinds} {row} times in a row{over} "
+        f"step {progress.step}: loss or gradient was {kinds} {progress.skipped_in_a_row} times in a row "
         f"(--max-skipped-updates {limit}); lower --lr, or resume earlier. {kept}"
     )
 

@@ -117,6 +117,7 @@ def prepare(
             global_batch=batch.global_sequences,
             seed=run.optim.seed,
             end_of_text=config.end_of_text,
+            stop=world.watch.stop,
         )
         if start is not None and start.state is not None:
             notes += refuse_changed_run(run, train_data, start.state, start.name)
@@ -149,6 +150,7 @@ def prepare(
             workers=run.data.workers,
             masks=masks,
             cache=find_cache(run.data),
+            stop=world.watch.stop,
             name=name,
         )
         for entry, key, name in zip(entries, keys, names, strict=True)

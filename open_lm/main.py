@@ -24,6 +24,7 @@ from open_lm.config.redact import redact
 from open_lm.config.resolve import resolve_model
 from open_lm.config.schedule import Schedule, divide_batch
 from open_lm.config.survival import after_restart
+from open_lm.data.cache import check_folder
 from open_lm.data.errors import DataError
 from open_lm.flops import FORMULA, peak_flops
 from open_lm.job import Job, folder_of, leave_later, own, prepare
@@ -36,7 +37,7 @@ from open_lm.optim import LossScale, make_optimizer
 from open_lm.parallel import mesh
 from open_lm.parallel.determinism import make_deterministic
 from open_lm.parallel.gather import on_first_rank
-from open_lm.parallel.launch import count_restarts, find_ranks
+from open_lm.parallel.launch import find_ranks
 from open_lm.parallel.plan import compute_dtype, parallelize
 from open_lm.parallel.process import Recorder, hide_arguments
 from open_lm.parallel.refusal import agree, refusing
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None, *, ends: bool = False) -> None:
     with refusing(every_rank=True):
         world = mesh.start(run.distributed)
     try:
-        run, continued = after_restart(run, count_restarts(), trains(run), mesh.has_begun(world))
+        run, continued = after_restart(run, world.restarts, trains(run), mesh.has_begun(world))
+        agree(lambda: check_folder(run.data))
         folder, job = folder_of(run, world), None
         owner = agree(lambda: own(run, folder, world))
         try:
@@ -90,10 +92,14 @@ def command() -> None:
     record(functools.partial(main, ends=True), Recorder(show))(arguments[1:])
 
 
+SAID = (DataError, checkpoint.SaveError)  # their message is all that a user needs
+
+
 def show(error: BaseException) -> str:
-    """What ended the run: of an error of data its message, of others the traceback; without secrets."""
-    if isinstance(error, DataError):
-        return redact(f"open_lm.main: error: {error}")
+    """What ended the run: of an error of data or of a save its message, of others the traceback; no secrets."""
+    if isinstance(error, SAID):
+        where = f" (where it was raised: {error.written_to})" if error.written_to else ""
+        return redact(f"open_lm.main: error: {error}") + where
     return redact("".join(traceback.format_exception(error))).removesuffix("\n")
 
 
@@ -123,21 +129,17 @@ def execute(job: Job) -> None:
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
         dtype = compute_dtype(run.distributed, run.optim.precision)
-        kernel, name = kernel_of(job.config, world.device, dtype), str(dtype).removeprefix("torch.")
-        logger.info(f"attention's kernel: {kernel}, in {name}")
+        logger.info(f"attention's kernel: {kernel_of(job.config, world.device, dtype)}, in {str(dtype)[6:]}")
         if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)
         model = parallelize(
-            job.config,
-            world=world,
-            distributed=run.distributed,
-            precision=run.optim.precision,
+            job.config, world=world, distributed=run.distributed, precision=run.optim.precision,
             seed=run.optim.seed,
             grad_checkpointing=run.model.grad_checkpointing,
             torchcompile=run.model.torchcompile,
             meta=not run.model.disable_meta_device,
-        )
+        )  # fmt: skip
         for name, parameter in model.named_parameters():
             logger.debug("%s: %s %s", name, tuple(parameter.shape), parameter.dtype)
         if job.schedule is None:
@@ -152,8 +154,10 @@ def execute(job: Job) -> None:
             log.failure(str(end.__cause__))
         raise
     except Exception as error:
-        logger.debug("where it was raised", exc_info=error)
-        log.failure(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+        written_to, text = log.traceback(error), f"{type(error).__name__}: {error}"
+        if isinstance(error, SAID):
+            error.written_to, text = written_to, str(error)
+        log.failure(text)
         world.watch.fail(error)
         raise
     finally:
@@ -298,6 +302,7 @@ def train_all(
         evaluate_interval(owed)
     if progress.step >= schedule.end_step:
         logger.info("nothing left to do: %d of %d steps are done", progress.step, schedule.end_step)
+        on_first_rank(lambda: checkpoint.check_made(folder))
         return
 
     saves = Saves(

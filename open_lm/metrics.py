@@ -61,32 +61,23 @@ class Skips:
     """Counts updates that were skipped, on the device."""
 
     def __init__(self, progress: Progress, device: torch.device) -> None:
-        row = progress.skipped_in_a_row
-        self.counts = torch.tensor((progress.skipped_updates, progress.skipped_spikes, row, 0), device=device)
-        self.longest_row = 0
-        """Skipped updates in a row at most, since the start: a row may end between two looks. One that a checkpoint
-        brings counts once it goes on."""
+        counts = progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row
+        self.counts = torch.tensor(counts, device=device)
 
     def add_(self, finite: Tensor, accepted: Tensor) -> None:
         """Count a step: whether it was finite, and no spike either."""
-        skipped = 1 - accepted.long()
-        updates, spikes, row, longest = self.counts
-        row = (row + 1) * skipped
+        updates, spikes, row = self.counts
         self.counts = torch.stack(
             (
                 updates + 1 - finite.long(),
                 spikes + (finite & ~accepted).long(),
-                row,
-                torch.maximum(longest, row),
+                (row + 1) * (1 - accepted.long()),
             )
         )
 
     def read(self, progress: Progress) -> None:
         """Brings `progress` up to date; waits for the device."""
-        counts = self.counts.tolist()
-        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row, self.longest_row = (
-            counts
-        )
+        progress.skipped_updates, progress.skipped_spikes, progress.skipped_in_a_row = self.counts.tolist()
 
 
 class Clock:

@@ -1,6 +1,7 @@
 """A run's saves: when, of what, and what is said about them."""
 
 import time
+from bisect import insort
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,8 @@ class Saves:
         self.options = job.run.checkpoint
         self.due = Due(self.options, progress)
         self.saved_step = progress.step if job.start and job.start.state is not None else -1
-        self.failed: Exception | None = None
+        self.failed: Exception | None = None  # the last save, and there is no state of it
+        self.lost: dict[str, Exception] = {}  # intervals of which there is none
         self.saver = checkpoint.Saver(
             job.folder / "checkpoints",
             model=model,
@@ -99,12 +101,19 @@ class Saves:
         self._save([], self.job.schedule.interval_of(self.progress.step - 1) if self.job.schedule else 0)
 
     def close(self, failed: bool = False) -> None:
-        """Waits until the last save is on disk. Raises its error, unless the run has `failed` anyway."""
+        """Waits until the last save is on disk. Raises its error, or that of an interval which has no epoch_N.pt,
+        unless the run has `failed` anyway: SaveError where the disk is to blame."""
         self.job.world.watch.at("saving")
-        self.saver.close(FLUSH_SECONDS if failed else None)
+        owed = self.saver.close(FLUSH_SECONDS if failed else None)
         self._report(last=True)
-        if self.failed is not None and not failed:
-            raise self.failed
+        if failed:
+            return
+        if self.failed is not None:
+            raise _at_the_end(f"step {self.saved_step} could not be saved", self.failed)
+        if owed is not None:
+            raise _at_the_end("the run is saved, but an epoch_N.pt is missing", owed)
+        for n, error in self.lost.items():
+            raise _at_the_end(f"the run is saved, but interval {n} has no epoch_{n}.pt", error)
 
     def _save(self, labels: list[str], n: int) -> None:
         self.job.world.watch.at("saving")
@@ -129,13 +138,18 @@ class Saves:
     def _report(self, last: bool = False) -> None:
         """Logs the saves that have ended; `last`: no other will follow."""
         for save in self.saver.finished():
-            self.failed = save.error
+            self.failed = None if save.is_complete else save.error
+            for label in save.labels:
+                if self.failed is None:
+                    self.lost.pop(label, None)
+                elif label != checkpoint.LATEST and self._stays(label):
+                    self.lost[label] = self.failed
             if save.error is not None:
-                what = f"step {save.step} could not be saved"
+                what, then = f"step {save.step} could not be saved", "; training goes on"
                 if save.is_complete:
-                    what = f"step_{save.step} is complete, but not what belongs to it"
-                then = "" if last else "; training goes on, the next save tries again"
-                logger.warning("%s: %s%s", what, save.error, then)
+                    what = f"step_{save.step} is complete, but an epoch_N.pt is missing"
+                    then += ", the next save tries again"
+                logger.warning("%s: %s%s", what, save.error, "" if last else then)
                 continue
             logger.info(
                 "saved %s at step %d: %s bytes in %.1f s, the loop waited %.2f s",
@@ -149,6 +163,12 @@ class Saves:
             }
             self.log.metrics(entry, self.progress.step)
 
+    def _stays(self, label: str) -> bool:
+        """Whether the next interval's checkpoint does not delete this one's."""
+        options = self.options
+        every = options.keep_every if options.delete_previous_checkpoint else 1
+        return bool(every) and int(label) % every == 0
+
     def _complete(self, labels: tuple[str, ...]) -> None:
         """By the thread of rank 0, when all of a checkpoint is on disk."""
         options = self.options
@@ -157,11 +177,16 @@ class Saves:
                 continue
             if label in self.written:  # written again: it was cut short
                 self.written.remove(label)
-            self.written.append(label)
+            insort(self.written, label, key=int)  # one that could be made only now is older than others
             if self.sync is None:
-                delete_before(self.job.folder, self.written, label, keep_every=options.keep_every)
+                delete_before(self.job.folder, self.written, self.written[-1], keep_every=options.keep_every)
         if self.sync is not None:
             self.sync.wake()
+
+
+def _at_the_end(what: str, error: Exception) -> Exception:
+    """What ends a run whose checkpoints are not all there."""
+    return checkpoint.SaveError(f"{what}: {error}") if isinstance(error, OSError | ValueError) else error
 
 
 class Due:

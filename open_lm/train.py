@@ -41,10 +41,6 @@ from open_lm.parallel.plan import autocast, no_sync, routers
 from open_lm.parallel.watch import StopAsked
 from open_lm.skips import BadSamples, keep_statistics, look_at
 
-LOOK_EVERY = (
-    100  # steps between looks at whether updates were skipped: without a log line, they wait for the GPU
-)
-
 
 def accumulate_gradients(
     model: nn.Module,
@@ -226,12 +222,12 @@ def train(
 
     `end_interval(n)` is called when interval n is complete, and when the run ends inside it: it saves and
     evaluates; after every other step `save_if_due(update)`, which calls `update` before it saves;
-    `before_update()` before anything that a save holds changes. A step whose
-    loss or gradient norm is not finite, or whose loss is a spike (--skip-loss-spikes), changes no weight and no
-    moment, on all ranks; RuntimeError after --max-skipped-updates such steps in a row, with LOGS/NAME/debug
-    written. Between log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0: never) the loss of
-    the averages before the step, on its batch, is logged. Where any rank has heard a signal all leave before the
-    same step, after `save_state(reason)`, with StopAsked.
+    `before_update()` before anything that a save holds changes. A step whose loss or gradient norm is not finite,
+    or whose loss is a spike (--skip-loss-spikes), changes no weight and no moment, on all ranks; RuntimeError,
+    with LOGS/NAME/debug written, where a look finds that --max-skipped-updates such steps or more, the last one
+    among them, were in a row. Between log lines nothing waits for the GPU. Every `averaged_loss_every` steps (0:
+    never) the loss of the averages before the step, on its batch, is logged. Where any rank has heard a signal all
+    leave before the same step, after `save_state(reason)`, with StopAsked.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     biases = [router.bias_E for router in routers(model)]
@@ -244,6 +240,8 @@ def train(
         kept = progress.accepted_losses
         spikes = LossSpikes(optim.skip_loss_spikes, optim.loss_spike_window, world.device, kept)
     begun = progress.step
+    # Whether updates are skipped is known to the device: to look waits for it. No row can be full before this step.
+    look_due = progress.step + optim.max_skipped_updates - progress.skipped_in_a_row
     show = log.progress(schedule.end_step, progress.step)
     model.train()
     watch.at("starting", progress.step)
@@ -300,10 +298,11 @@ def train(
         interval = schedule.interval_of(step)
         ends = progress.step in (schedule.interval_end(interval), schedule.end_step)
         logs = progress.step % log_every_n_steps == 0 or step == 0 or ends
-        if logs or progress.step % min(LOOK_EVERY, optim.max_skipped_updates) == 0:
+        if logs or progress.step >= look_due:
             look_at(skips, progress, finding_scale=loss_scale is not None and scale > 1.0)
+            look_due = progress.step + optim.max_skipped_updates - progress.skipped_in_a_row
             clock.lap("look_time")  # the wait for the GPU is not one for data
-            if skips.longest_row >= optim.max_skipped_updates:
+            if progress.skipped_in_a_row >= optim.max_skipped_updates:
                 seed_randomness_(optim.seed, step, world.rank)
                 randomness = torch.get_rng_state()
                 again = accumulate_gradients(
@@ -313,7 +312,6 @@ def train(
                 end_skipping(
                     log.folder / "debug", model, batch, again, randomness, progress, world=world,
                     loss_scale=scale, samples=name_samples(step), limit=optim.max_skipped_updates,
-                    row=skips.longest_row,
                 )  # fmt: skip
         if logs:
             entry = window.entry(progress, rate, norm)

@@ -80,13 +80,14 @@ def find_owed_evaluation(job: Job, schedule: Schedule, step: int) -> int | None:
     if not last and (step != schedule.interval_end(interval) or interval % job.run.eval.val_frequency):
         return None
     lines = read_lines(folder / "results.jsonl")
-    done = {entry for line in lines if line.get("step") == step for entry in line.get("val_data", ())}
+    done = {redact(entry) for line in lines if line.get("step") == step for entry in line.get("val_data", ())}
     return interval if {redact(val_data.entry) for val_data in job.val_data} - done else None
 
 
 def describe_result(val_data: ValData, result: dict[str, Any]) -> str:
     """A log line for people."""
-    parts = [f"{val_data.name}, {val_data.entry}" if val_data.name else val_data.entry]
+    entry = redact(val_data.entry)
+    parts = [f"{val_data.name}, {entry}" if val_data.name else entry]
     parts[0] += f": loss {result['loss']:.6f}"
     for kind in ("sequences", "tokens"):
         if f"loss_{kind}_lower_95" in result:

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from open_lm.config import DistributedConfig
-from open_lm.main import agree, main
+from open_lm.data.errors import DataError
+from open_lm.main import agree, main, show
 from open_lm.parallel import mesh
 from open_lm.tokenize.shard_writer import write_shards
 
@@ -322,3 +323,21 @@ def test_one_ranks_error_is_shown_and_ends_all(spawn) -> None:
     first, second = spawn(2, prepare_on_two_ranks)
     assert first == (2, "open_lm.main: error: [rank 1] shard_00000003.tar is not on this host\n")
     assert second == (2, "")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("text", ["", "operands could not be broadcast"])
+def test_an_error_of_the_program_among_the_data_keeps_its_traceback(
+    sources, tmp_path, monkeypatch, capsys, text, workers
+) -> None:
+    def broken(*arguments, **options):
+        raise ValueError(text)
+
+    monkeypatch.setattr("open_lm.data.reader.SequenceReader.read", broken)
+    run = f"{RUN} --dataset-manifest {sources[0]} --max-steps 2 --workers {workers} --logs {tmp_path} --name run"
+    with pytest.raises(DataError) as caught:
+        main(shlex.split(run))
+    log = tmp_path / "run/out.log"
+    assert show(caught.value) == f"open_lm.main: error: {text or 'ValueError'} (where it was raised: {log})"
+    assert "in broken" in log.read_text()
+    assert "Traceback" not in capsys.readouterr().out

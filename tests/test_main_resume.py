@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from open_lm import checkpoint
-from open_lm.checkpoint import state
+from open_lm.checkpoint import files, state
 from open_lm.log.owner import Owner
-from open_lm.main import main
+from open_lm.main import main, show
 from open_lm.parallel.watch import StopAsked
 
 
@@ -165,8 +167,14 @@ def test_a_run_whose_last_save_fails_ends_with_an_error(sources, tmp_path, monke
     """A full disk, by what the file system says: a warning while there is a next save, an error at the end."""
     real = shutil.disk_usage
     monkeypatch.setattr("shutil.disk_usage", lambda path: real(path)._replace(free=7))
-    with pytest.raises(OSError, match=r"step 4 needs [0-9,]+ bytes, and .*checkpoints has 7 bytes free"):
+    with pytest.raises(
+        OSError, match=r"step 4 needs [0-9,]+ bytes, and .*checkpoints has 7 bytes free"
+    ) as end:
         run(sources, tmp_path)
+    shown = show(end.value)
+    assert re.fullmatch(r"open_lm.main: error: step 4 could not be saved: .*earlier checkpoints.*", shown), (
+        shown
+    )
     assert "step 2 could not be saved" in (tmp_path / "run/out.log").read_text()
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
     calls = iter(range(100))
@@ -190,11 +198,39 @@ def test_a_last_save_that_fails_promises_no_other(sources, tmp_path, monkeypatch
     with pytest.raises(OSError, match="no space"):
         run(sources, tmp_path)
     log = (tmp_path / "run/out.log").read_text()
-    said = "is complete, but not what belongs to it: no space"
+    said = "is complete, but an epoch_N.pt is missing: no space"
     assert f"step_2 {said}; training goes on, the next save tries again\n" in log
     assert f"step_4 {said}\n" in log
     assert "could not be saved" not in log
     assert steps(tmp_path) == {2, 4}
+
+
+def test_an_interval_without_its_weights_is_not_a_success(sources, tmp_path, monkeypatch) -> None:
+    """Its save failed altogether, or its epoch_N.pt: the last one's success hides neither."""
+    real, calls = shutil.disk_usage, iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "shutil.disk_usage", lambda path: real(path)._replace(free=1 << 40 if next(calls) else 7)
+        )
+        with pytest.raises(checkpoint.SaveError, match=r"interval 1 has no epoch_1.pt: .*step 2 needs"):
+            run(sources, tmp_path / "none")
+
+    def fail(folder: Path, label: str, *, large: bool) -> None:
+        if label == "1":
+            raise OSError(f"no space for epoch_{label}.pt")
+        files.consolidate(folder, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("open_lm.checkpoint.saver.consolidate", fail)
+        with pytest.raises(checkpoint.SaveError, match=r"epoch_N.pt is missing: no space for epoch_1.pt"):
+            run(sources, tmp_path)
+        failing = partial(fail, large=False)
+        patch.setattr("open_lm.checkpoint.recover.make_owed.__defaults__", (failing, None))
+        with pytest.raises(checkpoint.SaveError, match=r"has no epoch_1.pt.*step_2"):  # nothing left to do
+            run(sources, tmp_path, "--resume latest")
+    assert steps(tmp_path) == {2, 4}
+    run(sources, tmp_path, "--resume latest")
+    assert (tmp_path / "run/checkpoints/epoch_1.pt").is_file()
 
 
 def test_an_exception_waits_for_the_save(sources, tmp_path, monkeypatch) -> None:
@@ -335,3 +371,22 @@ def test_other_flags_than_before_are_said(sources, trained, capsys) -> None:
     (line,) = [line for line in out.splitlines() if "other flags" in line]
     changes = "--epochs 2 -> 3, --lr 0.01 -> 0.003, --wd 0.2 -> 0.3, --warmup 1 -> 2"
     assert line.endswith(f"epoch_2.pt was saved with other flags: {changes}"), line
+
+
+def test_no_argument_of_a_command_is_left(sources, tmp_path) -> None:
+    tar = Path(sources[0]).parent / "shard_00000000.tar"
+    secret, command = "hunter22x", f"pipe:true -s -u alice:hunter22x; cat {tar}; : /hunter22x"
+    line = (
+        "--model open_lm_test_tiny --precision fp32 --data-key json --global-batch-size 4 --warmup 1 --lr 1e-2 "
+        f"--workers 0 --train-num-samples 64 --epochs 1 --multiple-data-passes --logs {tmp_path} --name run"
+    )
+    flags = [*shlex.split(line), "--train-data", command, "--val-data", command]
+    main(flags)
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    text = (tmp_path / "run/out.log").read_text()
+    assert "loss" in next(each for each in text.splitlines() if "| perplexity" in each)
+    assert "pipe:true … shard_00000000.tar [" in (tmp_path / "run/params.txt").read_text()
+    (old,) = (tmp_path / "run/checkpoints").glob("step_*/state.json")
+    description = json.loads(old.read_text())["state"]["data"]["sources"][0]
+    assert "hunter" not in description["first"] + description["last"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import open_lm.model
 import open_lm.train
@@ -99,17 +100,39 @@ def test_a_run_that_stays_not_finite_ends(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("limit", [5, 6])
-def test_a_row_that_ends_between_two_looks_counts(tmp_path, monkeypatch, limit) -> None:
-    """Steps 3 to 7; with --max-skipped-updates 5 one looks after steps 5 and 10."""
+def test_a_row_ends_the_run_at_the_step_that_makes_it_full(tmp_path, monkeypatch, limit) -> None:
+    """Steps 3 to 7, and hardly any log line."""
     monkeypatch.setattr(open_lm.model, "linear_cross_entropy", open_lm.model.linear_cross_entropy)
     poison(0, *range(3, 8))
     flags = f"{FLAGS} --logs {tmp_path} --epochs 1 --train-num-samples 1536 --log-every-n-steps 100"
     line = shlex.split(f"{flags} --max-skipped-updates {limit}")
-    if limit > 5:
+    if limit == 5:
+        with pytest.raises(RuntimeError, match=r"step 7: .*not finite 5 times in a row"):
+            main(line)
+    else:
         main(line)
-        return
-    with pytest.raises(RuntimeError, match=r"step 10: .*not finite 5 times in a row \(the row ended"):
-        main(line)
+    assert (tmp_path / "run/debug").exists() == (limit == 5)
+
+
+def test_the_run_ends_with_the_weights_of_the_rows_begin(tmp_path, monkeypatch) -> None:
+    """From step 3 on."""
+    monkeypatch.setattr(open_lm.model, "linear_cross_entropy", open_lm.model.linear_cross_entropy)
+    flags = f"{FLAGS} --epochs 1 --train-num-samples 1536 --log-every-n-steps 100 --max-skipped-updates 4"
+    poison(0, *range(3, 99))
+    with pytest.raises(RuntimeError, match=r"step 6: .*not finite 4 times in a row"):
+        main(shlex.split(f"{flags} --logs {tmp_path}"))
+    debug = tmp_path / "run/debug"
+    state = json.loads((debug / "state.json").read_text())
+    assert (state["step"], state["loss"], state["progress"]["skipped_in_a_row"]) == (6, "nan", 4)
+    data = TrainData(DATA, seq_len=16, vocab_size=16, rank=0, world_size=1, global_batch=8, seed=0)
+    (batch,) = data.batches(5, 6)
+    assert torch.equal(load_file(debug / "batch_rank_0.safetensors")["tokens"], batch.tokens_BS)
+    monkeypatch.undo()
+    main(shlex.split(f"{flags} --logs {tmp_path} --name short --max-steps 2"))
+    (saved,) = (tmp_path / "short/checkpoints").glob("epoch_*.pt")
+    before = torch.load(saved, weights_only=True)["state_dict"]
+    for name, value in load_file(debug / "weights.safetensors").items():
+        assert torch.equal(value, before[name]), name
 
 
 def logit_means(logs: str, layout: str) -> None:
@@ -183,9 +206,9 @@ def test_randomness_is_of_seed_step_and_rank() -> None:
 
 def test_a_row_of_skips_from_before_a_resume_counts_if_it_goes_on():
     good, bad = torch.tensor(True), torch.tensor(False)
-    for next_step, longest in ((good, 0), (bad, 4)):
+    for next_step, row in ((good, 0), (bad, 4)):
         progress = Progress(skipped_updates=3, skipped_in_a_row=3)
         skips = Skips(progress, torch.device("cpu"))
         skips.add_(next_step, next_step)
         skips.read(progress)
-        assert (skips.longest_row, progress.skipped_in_a_row) == (longest, longest)
+        assert progress.skipped_in_a_row == row

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from open_lm.averaging import Average
 from open_lm.checkpoint.average import load_averages, load_soup, path_of_average
-from open_lm.checkpoint.files import LATEST, latest, saved_averages, state_of, step_of
+from open_lm.checkpoint.files import LATEST, saved_averages, state_of, step_of
 from open_lm.checkpoint.fit import check_fit, or_zeros, read_weights
+from open_lm.checkpoint.recover import SaveError, check_made, latest
 from open_lm.checkpoint.saver import Save, Saver
 from open_lm.checkpoint.seal import read_whole
 from open_lm.checkpoint.state import CONTENT, Shards, is_state, read_content, read_json, verify
@@ -30,8 +31,10 @@ logger = logging.getLogger("open_lm")
 __all__ = [
     "LATEST",
     "Save",
+    "SaveError",
     "Saver",
     "averages_of_state",
+    "check_made",
     "is_state",
     "latest",
     "load_averages",

@@ -6,15 +6,14 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from open_lm.checkpoint import seal, state
+from open_lm.checkpoint import state
 from open_lm.checkpoint.seal import read, write
-from open_lm.checkpoint.state import Shards, read_content, state_folder, states
+from open_lm.checkpoint.state import Shards, state_folder, states
 
 LATEST = "latest"  # the label of --save-most-recent's checkpoint; others are an interval's number
 # Every file of weights: its part (of an average, its name, such as ema_0.99_1) and label.
@@ -41,9 +40,15 @@ def paths_of(epoch: Path, averagers: Iterable[str] = ()) -> dict[str, Path]:
 def saved_averages(epoch: Path) -> tuple[str, ...]:
     """The names of the averages that epoch_N.pt was saved with; none if unreadable."""
     try:
-        return tuple(read(epoch).get("averagers", ()))
+        names = read(epoch).get("averagers", ())
     except (OSError, ValueError):
         return ()
+    # a name becomes a path
+    return (
+        tuple(n for n in names if isinstance(n, str) and state.AVERAGE.fullmatch(n))
+        if isinstance(names, list)
+        else ()
+    )
 
 
 def state_of(path: Path) -> Path:
@@ -98,39 +103,6 @@ def consolidate(folder: Path, label: str) -> Path:
     return paths["epoch"]
 
 
-def finish(folder: Path) -> Path:
-    """Makes what a killed save had not made of a state; its epoch_N.pt, or `folder` where it belongs to none."""
-    content = state.read_json(folder / state.CONTENT)
-    found = None
-    for label in content["labels"]:
-        epoch = folder.parent / f"epoch_{label}.pt"
-        step = step_of(epoch)
-        damaged = step == content["step"] and next(filter(None, map(_damage, _written(epoch))), None)
-        if damaged:
-            warnings.warn(f"{damaged}: made anew of {folder.name}", stacklevel=2)
-        if step is None or step < content["step"] or damaged:
-            try:
-                consolidate(folder, label)
-            except OSError as error:  # nothing depends on it
-                warnings.warn(str(error), stacklevel=2)
-                continue
-        if step is None or step <= content["step"]:
-            found = found or epoch
-    return found or folder
-
-
-def _written(epoch: Path) -> list[Path]:
-    """epoch_N.pt and its averages' files."""
-    return [path for path in paths_of(epoch, saved_averages(epoch)).values() if path.is_file()]
-
-
-def _damage(path: Path) -> str | None:
-    try:
-        return seal.damage(path)
-    except OSError as error:
-        return f"{path} cannot be read: {error.strerror}"
-
-
 def group(names: Iterable[str]) -> dict[str, list[str]]:
     """{label: its files' names, epoch_N.pt last} of the names that are files of weights, finished ones alone."""
     groups: dict[str, list[str]] = {}
@@ -157,8 +129,8 @@ def steps_in_use(folder: Path) -> dict[str, int | None]:
 
 def tidy(folder: Path, step: int, keep: int) -> None:
     """After the state of `step` is complete: removes states of earlier steps that no file of weights belongs to any
-    more, and those between intervals but for the newest `keep`. Where the file is there and damaged, its state
-    stays: the weights are in it."""
+    more, and those between intervals but for the newest `keep`. Where the file could not be made yet, or is
+    damaged, its state stays: the weights are in it."""
     of_label, between = steps_in_use(folder), 0
     in_use, damaged = set(of_label.values()), {label for label, number in of_label.items() if number is None}
     for path in states(folder):
@@ -166,13 +138,14 @@ def tidy(folder: Path, step: int, keep: int) -> None:
         if number > step:
             continue  # not this run's past: it must not crowd that out
         try:
-            labels = state.read_json(path / state.CONTENT)["labels"]
-        except (ValueError, KeyError):
+            labels = state.check_content(path / state.CONTENT)["labels"]
+        except ValueError:
             continue  # damaged: not ours to judge
         between += not labels
         if (
             number < step
             and number not in in_use
+            and not state.is_owed(path)
             and not damaged & set(labels)
             and (labels or between > keep)
         ):
@@ -195,9 +168,11 @@ def set_aside(folder: Path, step: int) -> Path | None:
     if not found and not later:
         (folder / LEAVING).unlink(missing_ok=True)
         return None
+    place = None
     if (folder / LEAVING).is_file():
-        place = folder / state.read_json(folder / LEAVING)["place"]
-    else:
+        with contextlib.suppress(ValueError):
+            place = folder / read_leaving(folder)[1]
+    if place is None:
         place = next(folder / name for name in places(step) if not (folder / name).exists())
         state.write_json(temporary(folder / LEAVING), {"step": step, "place": place.name})
         os.replace(temporary(folder / LEAVING), folder / LEAVING)
@@ -212,6 +187,22 @@ def set_aside(folder: Path, step: int) -> Path | None:
     state.sync_folder(folder)
     (folder / LEAVING).unlink()
     return place
+
+
+def read_leaving(folder: Path) -> tuple[int, str]:
+    """(Step, place) of the move that was killed. ValueError, with what to do, where the file does not say them."""
+    path = folder / LEAVING
+    try:
+        content = state.read_json(path)
+        step, place = content["step"], content["place"]
+        if isinstance(step, int) and re.fullmatch(rf"{ABANDONED}_after_step_\d+(_\d+)?", place):
+            return step, place
+    except (ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(
+        f"{path} is damaged: the run was being taken back to an older state, and it does not say which. Do it "
+        f"again: --resume {folder}/epoch_N.pt (or step_S); or remove {path} to go on from the newest state"
+    )
 
 
 def divide_results(path: Path, step: int) -> tuple[list[str], list[str]]:
@@ -289,45 +280,10 @@ def replace(paths: dict[str, Path]) -> None:
     state.sync_folder(paths["epoch"].parent)
 
 
-def latest(folder: Path | str) -> Path | None:
-    """The newest complete state: its epoch_N.pt or epoch_latest.pt, or its folder; None if there is none.
-
-    Finishes a save that was killed when its state was complete; warns of what it passes over: a state with a
-    damaged file, an epoch_N.pt that is newer than its state. For one rank. Raises ValueError where a run of an
-    earlier version lies there, which would otherwise be begun anew.
-    """
-    folder = Path(folder)
-    if (folder / LEAVING).is_file():
-        set_aside(folder, state.read_json(folder / LEAVING)["step"])
-    state.finish_renames(folder)
-    best = None
-    for candidate in states(folder):
-        try:
-            best = read_content(candidate)["step"], candidate
-            break
-        except ValueError as error:
-            warnings.warn(f"{candidate} is passed over: {error}", stacklevel=2)
-    for label, step in steps_in_use(folder).items():
-        if (best is None or (step or -1) > best[0]) and not (
-            state_folder(folder, step or -1) / state.DIGESTS
-        ).exists():
-            about = "it cannot be read" if step is None else f"step_{step}, its state, is missing beside it"
-            warnings.warn(f"{folder / f'epoch_{label}.pt'} is passed over: {about}", stacklevel=2)
-    if best is not None:
-        return finish(best[1])
-    if old := next((path for path in folder.glob("*.pt") if OLD_STATE.fullmatch(path.name)), None):
-        raise ValueError(
-            f"--resume latest: {old} was written by an older version and is not read any more: start a new run, "
-            "under another --name, from the weights beside it with --pretrained"
-        )
-    return None
-
-
 def step_of(path: Path) -> int | None:
     """The step that a file, or a state's folder, is of; None if it is missing, broken or does not say."""
     try:
-        with contextlib.suppress(KeyError):
-            return state.read_json(path / state.CONTENT)["step"] if path.is_dir() else read(path).get("step")
-    except (OSError, ValueError):
-        pass
-    return None
+        step = state.read_json(path / state.CONTENT)["step"] if path.is_dir() else read(path).get("step")
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None

@@ -7,27 +7,17 @@ their state, each whole or not at all.
 import json
 import os
 import re
-import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from open_lm.checkpoint import state
 from open_lm.checkpoint.files import (
-    ABANDONED,
-    finish,
     group,
     places,
-    prepare,
-    saved_averages,
-    step_of,
-    temporary,
 )
-from open_lm.checkpoint.state import CONTENT, DIGESTS, is_state
+from open_lm.checkpoint.state import CONTENT, DIGESTS
 from open_lm.data.remote import is_local
 from open_lm.data.retry import remote_errors
 
@@ -243,88 +233,3 @@ def signature(path: Path) -> tuple[int, int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def newest(remote: RemoteFolder, folder: Path, than: int) -> Path | None:
-    """Fetches the complete state of the highest step above `than` into the run's `folder`; its epoch_N.pt, or it.
-
-    None: there is none. What `bring` says holds here too.
-    """
-    for step in remote.states():
-        if step <= than:
-            return None
-        if path := bring(remote, folder, step):
-            return path
-    return None
-
-
-def bring(remote: RemoteFolder, folder: Path, step: int) -> Path | None:
-    """Fetches a state into the run's `folder`, complete or not at all, and makes its epoch_N.pt; that, or it.
-
-    None, with a warning: it is damaged there, or absent. The run's other files (logs, results) come along, so that
-    they go on here: those that are missing, and logs that are longer there.
-    """
-    there, target = remote.sizes(), state.state_folder(folder / CHECKPOINTS, step)
-    waiting = state.temporary_folder(target)
-    prepare(folder / CHECKPOINTS)
-    waiting.mkdir()
-    for name in there:
-        if (match := STATE.fullmatch(name)) and int(match[1]) == step and not name.endswith(PARTIAL):
-            remote.get(name, waiting / match[2])
-    try:
-        state.verify(waiting)
-    except ValueError as error:
-        shutil.rmtree(waiting)
-        text = str(error).replace(str(waiting), f"{remote.url}/{CHECKPOINTS}{target.name}")
-        warnings.warn(f"{remote.url}/{CHECKPOINTS}{target.name} is passed over: {text}", stacklevel=3)
-        return None
-    state.commit(target)
-    for name, size in there.items():
-        local = folder / name
-        missing = not local.exists()
-        shorter = local.suffix in (".jsonl", ".log") and not missing and local.stat().st_size < size
-        ours = STATE.fullmatch(name) or group([local.name]) or name.startswith(CHECKPOINTS + ABANDONED)
-        if (missing or shorter) and not name.endswith((TEMPORARY, PARTIAL)) and not ours:
-            _get(remote, name, local)
-    return finish(target)
-
-
-def bring_named(remote: RemoteFolder, folder: Path, name: str) -> Path | None:
-    """`bring` of epoch_N.pt or step_S of the run's own remote folder. None: it, or its state, is not there."""
-    if is_state(Path(name)):
-        return bring(remote, folder, int(name.removeprefix("step_")))
-    with tempfile.TemporaryDirectory() as temporary_place:
-        local = Path(temporary_place, name)
-        remote.get(f"{CHECKPOINTS}{name}", local)
-        step = step_of(local)
-    return None if step is None or step not in remote.states() else bring(remote, folder, step)
-
-
-def fetch(url: str, folder: Path, *, resumes: bool, averages: bool = False) -> Path:
-    """Fetches the checkpoint file, or the state, at `url` into `folder`: with `resumes` epoch_N.pt's state too, and
-    with `averages` those saved beside it."""
-    parent, _, name = url.rstrip("/").rpartition("/")
-    remote = RemoteFolder(parent)
-    if is_state(Path(name)):
-        return _fetch_state(remote, name, folder)
-    _get(remote, name, folder / name)
-    if averages:
-        label = Path(name).stem.removeprefix("epoch_")
-        for average in saved_averages(folder / name):
-            with suppress(FileNotFoundError):
-                _get(remote, f"{average}_{label}.pt", folder / f"{average}_{label}.pt")
-    if resumes and (step := step_of(folder / name)) is not None:
-        _fetch_state(remote, f"step_{step}", folder)
-    return folder / name
-
-
-def _fetch_state(remote: RemoteFolder, name: str, folder: Path) -> Path:
-    for each in RemoteFolder(f"{remote.url}/{name}").sizes():
-        _get(remote, f"{name}/{each}", folder / name / each)
-    return folder / name
-
-
-def _get(remote: RemoteFolder, name: str, local: Path) -> None:
-    local.parent.mkdir(parents=True, exist_ok=True)
-    remote.get(name, temporary(local))
-    os.replace(temporary(local), local)

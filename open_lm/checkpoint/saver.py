@@ -1,9 +1,7 @@
 """`Saver`: the loop waits until a state is copied to host memory; a thread writes it."""
 
 import logging
-import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -19,8 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from open_lm.averaging import Average
-from open_lm.checkpoint import files, state
+from open_lm.checkpoint import files, recover, state
 from open_lm.checkpoint.average import facts_of
+from open_lm.checkpoint.child import consolidate
 from open_lm.checkpoint.tensors import (
     Parts,
     Staging,
@@ -98,6 +97,7 @@ class Saver:
         self._running: Save | None = None
         self._thread: threading.Thread | None = None
         self._gave_up = False
+        self._large = True  # what an earlier process left: unknown
         self._finished: list[Save] = []
         if in_background and self.is_shared:
             reshard_(model)
@@ -163,10 +163,21 @@ class Saver:
         self._collect()
         self._waited += time.perf_counter() - begin
 
-    def close(self, seconds: float | None = None) -> None:
-        """`wait`, and leaves the group, which must not outlive the run's: it would abort the process at its end."""
+    def close(self, seconds: float | None = None) -> Exception | None:
+        """`wait`, and leaves the group, which must not outlive the run's: it would abort the process at its end.
+
+        Without a limit, what could not be made of complete states is tried once more: the error that is left, the
+        same on all ranks. Collective then.
+        """
         self.wait(seconds)
+        error = None
+        if seconds is None:
+            error = self._gather(self._make_owed(sys.maxsize)[1] if this_rank() == 0 else None)[0]
+            for save in self._finished:
+                if save.is_complete:
+                    save.error = error
         self._group = None
+        return error
 
     def finished(self) -> list[Save]:
         """The saves that have ended since the last call; waits for none."""
@@ -223,6 +234,8 @@ class Saver:
             files.prepare(self.folder)
             check_space(self.folder, needed, save.step)
             waiting.mkdir()
+            if save.labels:
+                state.owe(waiting)
 
         def shard() -> None:
             name = f"shard-{rank + 1:05}-model-00001-of-00001.safetensors"  # as torch names them
@@ -248,14 +261,23 @@ class Saver:
 
         def finish() -> None:
             if save.labels:
-                first, *others = save.labels
-                consolidate(folder, first, large=extra > LARGE_BYTES)
-                for label in others:
-                    files.alias(save.path, label)
-            files.tidy(self.folder, save.step, self.keep)
-            self.on_complete(save.labels)
+                self._large = extra > LARGE_BYTES
+            made, error = self._make_owed(save.step, save.step)
+            files.tidy(self.folder, save.step, self.keep)  # whatever came of that: a full disk has room again
+            self.on_complete(made)
+            if error is not None:
+                raise error
 
         self._agree(finish if rank == 0 else None)  # all ranks know whether it was saved
+
+    def _make_owed(self, until: int, written: int | None = None) -> tuple[tuple[str, ...], Exception | None]:
+        """The labels of the epoch_N.pt made that states up to a step still owed; the first error."""
+        return recover.make_owed(
+            self.folder,
+            until,
+            lambda folder, label: consolidate(folder, label, large=self._large),
+            written,
+        )
 
     def _gather(self, value: Any) -> list[Any]:
         """Every rank's value."""
@@ -303,31 +325,3 @@ def check_space(folder: Path, needed: int, step: int) -> None:
             f"the checkpoint of step {step} needs {needed:,} bytes, and {folder} has {free:,} bytes free: nothing "
             "was written, earlier checkpoints are unchanged",
         )
-
-
-def consolidate(folder: Path, label: str, *, large: bool) -> None:
-    """`files.consolidate`, in a process of its own where it is large. Raises OSError with its message."""
-    if not large:
-        files.consolidate(folder, label)
-        return
-    # a signal to the whole job must not end it half-way: its parent waits for it
-    script = (
-        "import signal, sys\n"
-        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)\n"
-        "from pathlib import Path; from open_lm.checkpoint import files; import torch; torch.set_num_threads(1)\n"
-        "try: files.consolidate(Path(sys.argv[1]), sys.argv[2])\n"
-        "except OSError as error: sys.exit(str(error))\n"
-    )
-    environment = environment_without_ranks(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", script, str(folder), label]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise OSError(f"epoch_{label}.pt could not be made of {folder}: {done.stderr.strip()[-2000:]}")
-
-
-def environment_without_ranks(environment: Mapping[str, str]) -> dict[str, str]:
-    """Without what would make a process believe to be one of the run's; finds the same open_lm."""
-    ranks = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    package = str(Path(__file__).parents[2])
-    paths = [package, *filter(None, [environment.get("PYTHONPATH")])]
-    return {k: v for k, v in environment.items() if k not in ranks} | {"PYTHONPATH": os.pathsep.join(paths)}

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from open_lm import checkpoint
+from open_lm.checkpoint.bring import bring_named, fetch, newest
 from open_lm.checkpoint.files import set_aside
-from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder, bring_named, fetch, newest
+from open_lm.checkpoint.remote import CHECKPOINTS, RemoteFolder
 from open_lm.config.averaging import Averager
 from open_lm.config.check import trains
 from open_lm.config.resolve import RUNTIME_FIELDS, flatten

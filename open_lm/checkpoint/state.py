@@ -22,7 +22,15 @@ from torch import Tensor
 CONTENT, DIGESTS = "state.json", "digests.json"
 NAME = re.compile(r"step_(\d+)")
 TEMPORARY = ".tmp"
+OWED = ".owed"  # in a state whose epoch_N.pt is not made yet; not copied anywhere
 SHARD = ".safetensors"
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # of a state: of no other folder, not hidden
+LABEL = re.compile(r"[0-9]+|latest")
+AVERAGE = re.compile(r"(?:ema|poly)(?:_[0-9.eE+-]+)*")
+KINDS = {  # of what state.json holds
+    "epoch": int, "name": str, "step": int, "tokens": int | None, "labels": list, "world_size": int,
+    "model_config": dict | None, "weights": dict, "averages": dict, "state": dict,
+}  # fmt: skip
 BLOCK = 1 << 24  # bytes hashed and written at a time, outside of Python's lock
 SHARDING_INFO = "DCP_SHARDING_INFO"  # where torch.distributed.checkpoint says which part of a tensor this is
 DTYPES = {
@@ -50,7 +58,7 @@ def is_state(path: Path) -> bool:
 
 def states(checkpoints: Path) -> list[Path]:
     """The states that were written to their end, the newest first."""
-    found = (path for path in checkpoints.glob("step_*") if is_state(path) and (path / DIGESTS).is_file())
+    found = (path for path in checkpoints.glob("step_*") if is_state(path) and has_digests(path))
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
 
@@ -75,6 +83,21 @@ def commit(folder: Path) -> None:
         if not (folder / DIGESTS).is_file():  # else another process was quicker
             raise
     sync_folder(folder.parent)
+
+
+def owe(folder: Path) -> None:
+    """Notes that the epoch_N.pt of a state's labels are still to be made: till then it must stay."""
+    (folder / OWED).touch()
+
+
+def settle(folder: Path) -> None:
+    """They are made."""
+    (folder / OWED).unlink(missing_ok=True)
+
+
+def is_owed(folder: Path) -> bool:
+    """Whether a state's epoch_N.pt are still to be made."""
+    return (folder / OWED).exists()
 
 
 def delete(folder: Path) -> None:
@@ -166,8 +189,57 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path} is missing") from None
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def has_digests(folder: Path) -> bool:
+    """Whether a state was written to its end, or its folder does not say."""
+    try:
+        return (folder / DIGESTS).is_file()
+    except OSError:
+        return True  # `verify` says what is wrong
+
+
+def read_digests(folder: Path) -> dict[str, tuple[str, int]]:
+    """{name: (sha256, bytes)} of a state's files. ValueError as for `verify`, and where a name leads elsewhere."""
+    entries = read_json(path := folder / DIGESTS)
+    try:
+        found = {name: (entry["sha256"], entry["bytes"]) for name, entry in entries["files"].items()}
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"{path} is damaged: it lists no files") from None
+    for name, (sha256, size) in found.items():
+        if not FILE_NAME.fullmatch(name) or not isinstance(sha256, str) or not isinstance(size, int):
+            raise ValueError(f"{path} is damaged: {name!r} is no entry of a state's file")
+    if CONTENT not in found:
+        raise ValueError(f"{path} is damaged: it does not list {CONTENT}")
+    return found
+
+
+def check_content(path: Path) -> dict[str, Any]:
+    """state.json. ValueError where it holds something else than every one does."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds a {type(content).__name__}, not a state's facts")
+    for key, kind in KINDS.items():
+        if not isinstance(content.get(key, ...), kind):
+            raise ValueError(f"{path} is damaged: its {key!r} is missing or of another kind")
+    averages = content["averages"]
+    names = [
+        (LABEL, content["labels"]),
+        (AVERAGE, averages),
+        (re.compile(r"(?s).*"), content["weights"].values()),
+    ]
+    for pattern, values in names:
+        for value in values:
+            if not isinstance(value, str) or not pattern.fullmatch(value):
+                raise ValueError(f"{path} is damaged: {value!r} is no name of what it holds")
+    for name, facts in averages.items():
+        if not isinstance(facts, dict) or not isinstance(facts.get("steps"), int):
+            raise ValueError(f"{path} is damaged: of the average {name} it does not say its steps")
+    return content
 
 
 def read_content(folder: Path) -> dict[str, Any]:
@@ -182,27 +254,24 @@ def verify(folder: Path) -> None:
 
     Reads every byte, once per process as long as the files stay as they are.
     """
-    if not (folder / DIGESTS).is_file():
+    if not has_digests(folder):
         raise ValueError(f"{folder} is no complete state: {DIGESTS} is missing")
-    entries = read_json(folder / DIGESTS)
-    try:
-        digests = {name: (entry["sha256"], entry["bytes"]) for name, entry in entries["files"].items()}
-    except (AttributeError, KeyError, TypeError):
-        raise ValueError(f"{folder / DIGESTS} is damaged: it lists no files") from None
+    digests = read_digests(folder)
     with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for error in threads.map(lambda item: _damage(folder / item[0], *item[1]), digests.items()):
             if error:
                 raise ValueError(error)
-    if CONTENT not in digests:
-        raise ValueError(f"{folder / DIGESTS} is damaged: it does not list {CONTENT}")
     # torch's reader takes every such file, and of two parts that overlap the later
     if others := sorted({path.name for path in folder.glob(f"*{SHARD}")} - digests.keys()):
         raise ValueError(
             f"{folder / others[0]} is not a file of this state ({DIGESTS} does not list it): remove it"
         )
-    name, step = folder.name.removesuffix(TEMPORARY), read_json(folder / CONTENT).get("step")
-    if (match := NAME.fullmatch(name)) and int(match[1]) != step:
-        raise ValueError(f"{folder / CONTENT} is of step {step}: the folder's name is not its own")
+    content, name = check_content(folder / CONTENT), folder.name.removesuffix(TEMPORARY)
+    if (match := NAME.fullmatch(name)) and int(match[1]) != content["step"]:
+        raise ValueError(f"{folder / CONTENT} is of step {content['step']}: the folder's name is not its own")
+    weights = Shards(folder).named("model/")
+    if absent := [key for key in content["weights"].values() if key not in weights]:
+        raise ValueError(f"{folder} is damaged: no shard holds {absent[0]}")
 
 
 def _damage(path: Path, sha256: str, size: int) -> str | None:
@@ -225,22 +294,34 @@ def _damage(path: Path, sha256: str, size: int) -> str | None:
 
 
 class Shards:
-    """The tensors of a state by key, whole, whatever the number of files that they lie in; mapped, not read."""
+    """The tensors of a state by key, whole, whatever the number of files that they lie in; mapped, not read.
+
+    ValueError naming the file that holds no tensors, or not the parts that it says.
+    """
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         self._parts: dict[str, list[tuple[Any, list[int], list[int]]]] = {}
         self.dtypes: dict[str, str] = {}
-        for path in sorted(
-            folder / name for name in read_json(folder / DIGESTS)["files"] if name.endswith(SHARD)
-        ):
-            file = safe_open(str(path), framework="pt")
-            info = json.loads((file.metadata() or {})[SHARDING_INFO])
-            for key in file.keys():  # noqa: SIM118 - no dict
-                part = file.get_slice(key)
-                self._parts.setdefault(key, []).append((file, info[key]["saved_offsets"], part.get_shape()))
-                self.dtypes[key] = part.get_dtype()
+        for path in sorted(folder / name for name in read_digests(folder) if name.endswith(SHARD)):
+            try:
+                file = safe_open(str(path), framework="pt")
+                info = json.loads((file.metadata() or {})[SHARDING_INFO])
+                for key in file.keys():  # noqa: SIM118 - no dict
+                    part, offsets = file.get_slice(key), info[key]["saved_offsets"]
+                    shape, dtype = part.get_shape(), part.get_dtype()
+                    others = [len(each[1]) for each in self._parts.get(key, ())]
+                    if {len(shape), *others} != {len(offsets)} or any(
+                        type(o) is not int or o < 0 for o in offsets
+                    ):
+                        raise ValueError(f"the offsets of {key} do not fit its shape")
+                    if self.dtypes.setdefault(key, dtype) != dtype or dtype not in DTYPES.values():
+                        raise ValueError(f"{key} is of another dtype ({dtype})")
+                    self._parts.setdefault(key, []).append((file, offsets, shape))
+            except (SafetensorError, LookupError, TypeError, ValueError, OSError, RecursionError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise ValueError(f"{path} is damaged: it is no shard of a state ({what})") from error
 
     def keys(self) -> set[str]:
         return set(self._parts)

@@ -59,7 +59,8 @@ class DataConfig:
 
     data_retries: int = 6
     """Retries of a remote read that is throttled, reset, stalled or answered by 5xx, after about 1, 2, 4, …
-    seconds. What is denied (403) or missing (404) fails at once."""
+    seconds. What is denied (403) or missing (404) fails at once. (A local shard that its manifest names is looked
+    for twice more, as network disks lack one that is being replaced for a moment.)"""
 
     data_timeout: float = 30.0
     """Seconds that connecting to a remote source, and each wait for its next bytes (of s3://, http(s)://,

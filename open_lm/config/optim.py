@@ -85,7 +85,7 @@ class OptimConfig:
 
     max_skipped_updates: int = 100
     """Updates skipped in a row (loss or gradient not finite, or a spike of the loss) that end the run, with an
-    error and a state to debug in LOGS/NAME/debug."""
+    error and a state to debug in LOGS/NAME/debug, at the step that makes the row full."""
 
     skip_loss_spikes: float | None = None
     """Skip the update of a step whose loss is above median + this times the scaled median absolute deviation of the

@@ -81,7 +81,7 @@ def changed_flags(run: RunConfig, before: Mapping[str, Any]) -> list[str]:
                 group.name in TRAINS
                 and name not in TRAINS_NOT
                 and name in before
-                and before[name] != now[name]
+                and redacted(before[name]) != now[name]  # older runs kept the arguments of commands
             ):
                 changed.append(f"--{name.replace('_', '-')} {before[name]} -> {now[name]}")
     return changed

@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import os
+import posixpath
 import re
 import traceback
 from collections.abc import Mapping
@@ -14,14 +16,19 @@ from urllib.parse import quote
 HIDDEN = "…"
 # Whatever they hold is secret
 NAMES = (
-    r"(?:secret|passw|passphrase|(?<=_)pwd|credential|api[-_]?key|access[-_]?key|private[-_]?key|account[-_]?key|"
+    r"(?:secret|passw|passphrase|(?<=_)pwd|credential|api[-_]?key|access[-_]?key|priv(?:ate)?[-_]?key|account[-_]?key|"
     r"connection[-_]?string)"
 )
 TOKEN = (
     r"(?:token(?!s|iz)|signature)"  # a number behind these is a count or an id ("token id: 50256"), no secret
 )
 FLAG = rf"(?<!\S)--?[\w-]*(?:{NAMES}|token(?!s|iz|-id))[\w-]*"
+# Names of headers that say who asks
+HEADER = r"(?:set-)?cookie|x-[\w-]*(?:auth|token|key|secret)[\w-]*"
+USER = r"(?:-u\s*|(?:--user|--proxy-user|--cookie)[\s=]+)"
+BOT = r"hooks\.slack\.com/\w+/|discord(?:app)?\.com/api/webhooks/|api\.telegram\.org/(?:file/)?bot"
 PATTERNS = [
+    (re.compile(r"(\w+://)[^/\s@]*:[^/\s@]*@"), r"\1"),  # a password may hold quotes
     (re.compile(r"(\w+://)[^/\s'\"@:]+:(?!\d+/)[^\s'\"@]*/[^\s'\"@]*@"), r"\1"),  # a password with a slash
     (re.compile(r"(\w+://)[^/\s'\"]+@"), r"\1"),
     (re.compile(r"(?<![\w:])(//)[^/\s'\"@:]+:[^/\s'\"]+@"), r"\1"),  # without a scheme
@@ -34,27 +41,65 @@ PATTERNS = [
     (re.compile(r"(?i)\b(sig=)[^\s'\"&;]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(AKIA|ASIA)[0-9A-Z]{12,}"), HIDDEN),
     (re.compile(r"\b(hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[a-z]-)[A-Za-z0-9_-]{16,}"), HIDDEN),
-    (re.compile(r"(?i)\b(hooks\.slack\.com/services/)[^\s'\"]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), HIDDEN),
+    (re.compile(r"\b(npm_|pypi-|dckr_pat_)[A-Za-z0-9-]{24,}"), HIDDEN),
+    (re.compile(rf"(?i)\b({BOT})[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\beyJ[\w-]{5,}\.[\w-]{5,}\.[\w-]*"), HIDDEN),  # a JSON web token
+    (re.compile(rf"(?i)\b((?:{HEADER})['\"]?\s*:\s*['\"]?)[^'\"\n]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"(?<!\S)((?:-H|--header)[\s=]*(['\"])[\w-]+:)(?:(?!\2).)+"), rf"\1 {HIDDEN}"),
+    (re.compile(rf"(?<!\S)({USER}['\"]?)[^\s'\":=]+[:=][^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(sshpass\s+-p\s*['\"]?)[^\s'\"]+"), rf"\1{HIDDEN}"),
+    (re.compile(r"\b(mysql\w*\s(?:[^\n|;]*?\s)?-p['\"]?)[^\s'\"]+"), rf"\1{HIDDEN}"),
 ]  # fmt: skip
-STRONG_VARIABLE = re.compile(rf"(?i){NAMES}|(?:^|_)pass$")
-# the word, not MAX_TOKENS, TOKENIZER or EOS_TOKEN_ID; not MONKEY
+# A command's arguments may be secret in any of their program's ways: none is shown
+PIPE = "pipe:"
+SHOWN_COMMAND = rf"pipe:[\w.+-]*[ ]?{HIDDEN}(?: (?:[\w.{{}},-]+ )?\[[0-9a-f]{{8}}\])?"
+COMMAND = re.compile(
+    rf"(?P<shown>(?<![\w-]){SHOWN_COMMAND})"
+    rf"|\A(?P<flag>--[\w-]+=)?(?!{SHOWN_COMMAND})pipe:(?P<whole>\s*\S[\s\S]*)"  # a flag's value, a URL
+    r"|(?<![\w-])pipe:(?P<within>\S(?:\\\n|[^\n])*)"  # in a text, where none knows its end
+)
+PROGRAM = re.compile(r"""\s*(?:\w+=(?:[^\s'"\\$`()]*|'[^']*'|"[^"\\$`]*")\s+)*(?P<name>[\w./+-]+)(?=\s|$)""")
+FILE = re.compile(r"""(?:^|[\s/'"])(?P<name>[\w{][\w.{},-]*\.(?:tar|jsonl))(?=[\s'"?|;&<>)]|$)""")
+STRONG_VARIABLE = re.compile(rf"(?i){NAMES}|(?:^|_)pass$|cookies?$")
+PASSWORD_VARIABLE = re.compile(r"(?i)secret|passw|passphrase|(?:^|_)pass$|_pwd")
+# the word, not TOKENIZER or EOS_TOKEN_ID; not MONKEY, AUTHOR
 WEAK_VARIABLE = re.compile(
-    r"(?i)token(?:_?\d+)?$|token_(?!ids?$|count|limit|name|type)|(?:^|_)key(?:_?\d+)?$|(?:^|_)sas$"
+    r"(?i)tokens?(?:_?\d+)?$|(?:tokens?|(?:^|_)(?:key|auth))_(?!ids?$|count|limit|name|type|sock|url)|"
+    r"(?:^|_)key(?:_?\d+)?$|auth$|(?:^|_)sas$"
 )
 OF_A_PATH = re.compile(r"(?i)_(?:file|path|dir|folder)$")
 WORD = re.compile(r"[a-z]{0,16}|[A-Z]{0,16}|[A-Z][a-z]{0,15}|\d{1,6}")
-SHORTEST = 8  # characters of a variable's value that is looked for: shorter ones are words
+# Characters of a variable's value that is looked for: shorter ones are words
+SHORTEST, SHORTEST_PASSWORD = 8, 6
 
 
 def redact(text: str) -> str:
-    """The text without user names in URLs, signed queries, keys, tokens and passwords, and without the values of
-    the environment's secrets (AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, HF_TOKEN, …)."""
+    """The text without user names in URLs, signed queries, keys, tokens and passwords, the arguments of `pipe:`
+    commands, and without the values of the environment's secrets (AWS_SECRET_ACCESS_KEY, WANDB_API_KEY, …).
+
+    Of a `pipe:` command amid a text all to the line's end goes: messages name commands by `redact(url)`.
+    """
+    text = COMMAND.sub(_hide_arguments, text)
     for value in environment_secrets():
         text = text.replace(value, HIDDEN)
     for pattern, replacement in PATTERNS:
         text = pattern.sub(replacement, text)
     return text
+
+
+def _hide_arguments(match: re.Match[str]) -> str:
+    """`pipe:curl … shard_0.tar [1a2b3c4d]`: the program, the last word's name that is a tar's or a manifest's, and
+    the start of the command's sha256, by which two of them are told apart."""
+    if match["shown"]:
+        return match[0]
+    command = match["whole"] or match["within"]
+    program, files = PROGRAM.match(command), list(FILE.finditer(command))
+    words = [posixpath.basename(program["name"]) if program else "", HIDDEN]
+    if match["whole"]:
+        words += [files[-1]["name"]] if files else []
+        words.append(f"[{hashlib.sha256(command.encode(errors='replace')).hexdigest()[:8]}]")
+    return f"{match['flag'] or ''}{PIPE}" + " ".join(word for word in words if word)
 
 
 def environment_secrets(environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -74,8 +119,10 @@ def spellings(value: str) -> tuple[str, ...]:
 def is_secret(name: str, value: str) -> bool:
     """Whether a variable's name says so: SECRET, PASSWORD, API_KEY, … of any value that is no path, the last word
     KEY or TOKEN of one that looks random, as counts and names of things are called so, too."""
-    if len(value) < SHORTEST or OF_A_PATH.search(name):
+    if len(value) < SHORTEST_PASSWORD or OF_A_PATH.search(name):
         return False
+    if len(value) < SHORTEST:
+        return PASSWORD_VARIABLE.search(name) is not None and not looks_harmless(value)
     if STRONG_VARIABLE.search(name):
         # an AWS key may begin with a slash, too
         is_path = value.startswith(("/", "~")) and (looks_harmless(value) or exists(value))

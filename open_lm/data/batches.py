@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from open_lm.data.errors import keep_traceback
 from open_lm.data.manifest import Shard
 from open_lm.data.masks import IGNORED, NO_MASKS, Masks, divide
 from open_lm.data.order import Order
@@ -79,7 +80,7 @@ class Steps(Dataset):
             places = self.order.slots(step, *self.slots)
             return self.reader.read(places, self.order.seed, "crop", step, first=self.slots[0])
         except (ValueError, OSError, ImportError) as error:
-            return error
+            return keep_traceback(error) if get_worker_info() else error
 
 
 class SyntheticSteps(Dataset):
@@ -125,7 +126,7 @@ class Stretches(Dataset):
                 [self.place(i) for i in range(first, min(first + self.batch, self.total))]
             )
         except (ValueError, OSError, ImportError) as error:
-            return error
+            return keep_traceback(error) if get_worker_info() else error
 
 
 def pass_on(item):
@@ -134,12 +135,22 @@ def pass_on(item):
 
 
 def log_plainly(worker: int) -> None:
-    """In a forked worker: a handler that draws on a terminal has locks that a thread may have held at the fork."""
+    """In a forked worker: files are opened anew, and a handler that draws on a terminal gives way to a plain one,
+    as both have locks that a thread may have held at the fork. Every line is where it would be without workers."""
     logger = logging.getLogger("open_lm")
-    drawing = [handler for handler in logger.handlers if not type(handler).__module__.startswith("logging")]
-    for handler in drawing:
+    for handler in list(logger.handlers):
+        if isinstance(handler, logging.FileHandler):
+            new = type(handler)(handler.baseFilename)
+            new.setFormatter(handler.formatter)
+        elif type(handler).__module__.startswith("logging"):
+            continue
+        else:
+            new = logging.StreamHandler(sys.stderr)
+            new.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        new.setLevel(handler.level)
+        new.filters = handler.filters
         logger.removeHandler(handler)
-        logger.addHandler(logging.StreamHandler(sys.stderr))
+        logger.addHandler(new)
 
 
 def next_rows(rows_of_items: Iterator, workers: int) -> Rows | Exception | None:

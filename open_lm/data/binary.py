@@ -14,8 +14,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.config.redact import redact
 from open_lm.data.manifest import Shard
 
+CUT_SHORT = (
+    "it is cut short: copy or write it again; with a manifest, --ignore-parse-errors takes what is there"
+)
 DTYPES = {"u16": np.dtype("<u2"), "u32": np.dtype("<u4")}
 BLOCK_BYTES = 512  # of a tar: a header, and what members are padded to
 CHECKSUM = slice(148, 156)  # of a header
@@ -56,7 +60,8 @@ def promised_layout(shard: Shard) -> Layout | None:
     layout = Layout(shard.data_key, shard.num_sequences, *numbers)  # pyright: ignore[reportArgumentType]
     if layout.first_offset < BLOCK_BYTES or layout.stride < BLOCK_BYTES + layout.sequence_bytes:
         raise ValueError(
-            f"shard {shard.url}: the manifest's first_offset {layout.first_offset} and stride {layout.stride} "
+            f"shard {redact(shard.url)}: the manifest's first_offset "
+            f"{layout.first_offset} and stride {layout.stride} "
             f"cannot hold headers of {BLOCK_BYTES} and sequences of {layout.sequence_bytes} bytes"
         )
     return layout
@@ -80,20 +85,21 @@ def check_layout(fd: int, shard: Shard, layout: Layout, cut_short: bool = False)
         return
     if shard.bytes not in (None, length):
         raise ValueError(
-            f"shard {shard.url}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}: "
-            "it is cut short, or another one than the manifest describes"
+            f"shard {redact(shard.url)}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}: "
+            f"{CUT_SHORT}; or it is another one than the manifest describes"
         )
     if length < layout.end:
         raise ValueError(
-            f"shard {shard.url}: the manifest's {layout.count:,} sequences end at byte {layout.end:,}, "
-            f"the tar has {length:,}: it is cut short"
+            f"shard {redact(shard.url)}: the manifest's {layout.count:,} sequences end at byte {layout.end:,}, "
+            f"the tar has {length:,}: {CUT_SHORT}"
         )
     for sequence in sorted({0, layout.count - 1}) if layout.count else ():
         name, size = read_header(fd, layout.first_offset + sequence * layout.stride)
         if size != layout.sequence_bytes or not name.endswith(f".{layout.key}"):
             found = "no member" if size is None else f"{name} of {size:,} bytes"
             raise ValueError(
-                f"shard {shard.url}: the manifest promises sequence {sequence:,} as a .{layout.key} member of "
+                f"shard {redact(shard.url)}: the manifest promises sequence "
+                f"{sequence:,} as a .{layout.key} member of "
                 f"{layout.sequence_bytes:,} bytes, there is {found}: the manifest is not this tar's "
                 "(python -m open_lm.data.index writes one)"
             )
@@ -102,7 +108,8 @@ def check_layout(fd: int, shard: Shard, layout: Layout, cut_short: bool = False)
     )
     if following:
         raise ValueError(
-            f"shard {shard.url}: the manifest says {layout.count:,} sequences, the tar goes on with {following}"
+            f"shard {redact(shard.url)}: the manifest says {layout.count:,} sequences, "
+            f"the tar goes on with {following}"
         )
 
 
@@ -114,13 +121,19 @@ def read_header(fd: int, offset: int) -> tuple[str, int | None]:
 def parse_header(header: bytes) -> tuple[str, int | None]:
     """Name and size of a tar's member; ("", None) if this is no header, or one that its checksum does not fit."""
     try:
-        if header[257:262] != b"ustar" or sum_header(header) != int(header[CHECKSUM].rstrip(b"\0 "), 8):
+        if header[257:262] != b"ustar" or sum_header(header) != parse_octal(header[CHECKSUM]):
             return "", None
-        return header[:100].partition(b"\0")[0].decode(errors="replace"), int(
-            header[124:136].rstrip(b"\0 "), 8
-        )
+        return header[:100].partition(b"\0")[0].decode(errors="replace"), parse_octal(header[124:136])
     except ValueError:
         return "", None
+
+
+def parse_octal(field: bytes) -> int:
+    """A number of a tar's header. ValueError: it is none, or less than 0."""
+    digits = field.strip(b"\0 ")
+    if digits.translate(None, b"01234567"):
+        raise ValueError(f"{field!r} is no octal number")
+    return int(digits or b"0", 8)
 
 
 def sum_header(header: bytes) -> int:
@@ -179,10 +192,10 @@ class BinaryShard(BinarySequences):
         try:
             done = os.preadv(self.fd, (tokens.data,), first_offset + i * stride + start * tokens.itemsize)
         except OSError as error:
-            raise OSError(f"shard {self.url}: sample {self.name(i)}: {error}") from error
+            raise OSError(f"shard {redact(self.url)}: sample {self.name(i)}: {error}") from error
         if done != tokens.nbytes:
             raise UnreadableSample(
-                f"shard {self.url}: sample {self.name(i)} cannot be read: {done} bytes of {tokens.nbytes}: "
+                f"shard {redact(self.url)}: sample {self.name(i)} cannot be read: {done} bytes of {tokens.nbytes}: "
                 "the file has become shorter"
             )
 

@@ -1,13 +1,16 @@
 """A folder of fetched files with a size limit, shared by all processes of a user on this host.
 
-A name stands for one content, for ever, so a file in the cache is never checked again. Locks are flock's: the
-system releases those of a dead process, and its partial files, which it had locked too, are then removed.
+A name stands for one content, for ever. The proof beside a file says of which bytes it was verified, when; where
+that is not this file any more, or of before the host was started, it is verified anew, and fetched if it is
+damaged. Locks are flock's: the system releases those of a dead process, and its partial files, which it had locked
+too, are then removed.
 """
 
 import errno
 import fcntl
 import functools
 import getpass
+import hashlib
 import logging
 import os
 import secrets
@@ -19,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import BufferedRandom
 from pathlib import Path
+from typing import NamedTuple
 
 from open_lm.config.data import DataConfig
 from open_lm.config.redact import redact
@@ -67,33 +71,150 @@ def find_cache(config: DataConfig) -> Cache:
     return Cache(folder, int(config.data_cache_gib * GIB), patience=patience)
 
 
+def check_folder(config: DataConfig) -> None:
+    """Makes the folder of --data-cache, if it is given. ValueError: no file can be written there."""
+    if config.data_cache is None:
+        return
+    folder = find_cache(config).folder
+    try:
+        make_private_folder(folder)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"--data-cache {config.data_cache}: no file can be written there ({error.strerror or error}): name a "
+            "folder of a disk of this host"
+        ) from None
+
+
 def path_in(cache: Cache, name: str) -> Path:
     """Where the file of this name is, if it is there."""
     return cache.folder / f"{name}.tar"
 
 
-def open_cached(path: Path) -> int:
-    """A descriptor of a cached file, which thereby is the most recently used. FileNotFoundError."""
+class Expected(NamedTuple):
+    """What is known of a file, by its manifest or its server."""
+
+    size: int | None = None
+    sha256: str | None = None
+
+
+class DamagedFile(ValueError):
+    """A file in the cache is not what was written there; says how."""
+
+
+class Unproved(Exception):
+    """A file in the cache has to be verified."""
+
+
+def open_cached(path: Path, expected: Expected, verify: bool) -> int:
+    """A descriptor of a cached file, which thereby is the most recently used. FileNotFoundError; DamagedFile;
+    without `verify` also Unproved, instead of reading all of it."""
     fd = os.open(path, os.O_RDONLY)
-    with suppress(FileNotFoundError):  # evicted in this moment: the descriptor is good all the same
-        os.utime(path)
+    try:
+        stat = os.fstat(fd)
+        proof = read_proof(path)
+        if proof != make_proof(stat):
+            if not verify:
+                raise Unproved
+            check_cached(fd, stat, proof, expected)
+            prove(path, stat)
+        elif expected.size not in (None, stat.st_size):
+            raise DamagedFile(f"it has {stat.st_size:,} bytes, {expected.size:,} are expected")
+        os.utime(fd, ns=(time.time_ns(), stat.st_mtime_ns))  # of access: that of change is in the proof
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
-def open_or_write(
-    cache: Cache, name: str, url: str, write: Callable[[BufferedRandom], None], size: int | None = None
-) -> int:
-    """A descriptor of the file of this name, which `write` writes if it is not there: by one process of several.
+def check_cached(fd: int, stat: os.stat_result, proof: "Proof | None", expected: Expected) -> None:
+    """DamagedFile unless the file is what is expected, as far as that is known."""
+    size = expected.size if proof is None else proof.size
+    if size not in (None, stat.st_size):
+        raise DamagedFile(f"it has {stat.st_size:,} bytes, {size:,} were written")
+    if expected.size not in (None, stat.st_size):
+        raise DamagedFile(f"it has {stat.st_size:,} bytes, {expected.size:,} are expected")
+    if expected.sha256 is not None:
+        try:
+            with os.fdopen(os.dup(fd), "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DamagedFile(str(error)) from None
+        if sha256 != expected.sha256:
+            raise DamagedFile(f"its sha256 is {sha256}, the manifest says {expected.sha256}")
+    elif proof is not None and proof.mtime_ns != stat.st_mtime_ns:
+        raise DamagedFile("it was changed after it was written")
 
-    It stays valid when the file is evicted. `size`: its bytes, if known: room is made before. OSError says what
+
+class Proof(NamedTuple):
+    """Of which file a name's content was verified: its bytes, its time of change, and since which start of the
+    host, as a crash may lose what was written before."""
+
+    size: int
+    mtime_ns: int
+    boot: str
+
+
+def make_proof(stat: os.stat_result) -> Proof:
+    return Proof(stat.st_size, stat.st_mtime_ns, boot_identity())
+
+
+@functools.cache
+def boot_identity() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def proof_of(path: Path) -> Path:
+    return path.with_suffix(".proof")
+
+
+def read_proof(path: Path) -> Proof | None:
+    """None where there is none, or no whole one."""
+    try:
+        size, mtime_ns, boot = proof_of(path).read_text().split()
+        return Proof(int(size), int(mtime_ns), boot)
+    except (OSError, ValueError):
+        return None
+
+
+def prove(path: Path, stat: os.stat_result) -> None:
+    proof_of(path).write_text(" ".join(map(str, make_proof(stat))))
+
+
+def remove(path: Path) -> None:
+    """A cached file and its proof."""
+    path.unlink(missing_ok=True)
+    proof_of(path).unlink(missing_ok=True)
+
+
+def open_or_write(
+    cache: Cache,
+    name: str,
+    url: str,
+    write: Callable[[BufferedRandom], None],
+    expected: Expected = Expected(),  # noqa: B008
+) -> int:
+    """A descriptor of the file of this name, which `write` writes if it is not there, or not as it was written or
+    is `expected`: by one process of several.
+
+    It stays valid when the file is evicted. Room for the size that is expected is made before. OSError says what
     to do where the disk is full; nothing partial stays, whatever `write` raises.
     """
-    path = path_in(cache, name)
-    with suppress(FileNotFoundError):
-        return open_cached(path)
+    path, size = path_in(cache, name), expected.size
+    with suppress(FileNotFoundError, Unproved, DamagedFile):
+        return open_cached(path, expected, verify=False)
     with locked(cache.folder / f"{name[:3]}.lock"):
-        with suppress(FileNotFoundError):
-            return open_cached(path)
+        try:
+            return open_cached(path, expected, verify=True)
+        except FileNotFoundError:
+            pass
+        except DamagedFile as error:
+            logger.warning("%s: its copy in the shard cache, %s, is damaged: %s; it is fetched again",
+                           redact(url), path, error)  # fmt: skip
+            remove(path)
         make_room(cache, size or 0)
         try:
             fd = write_file(path, write)
@@ -110,7 +231,7 @@ def open_or_write(
     if cache.limit_bytes:
         make_room(cache, 0, keep=path)
     else:
-        path.unlink(missing_ok=True)
+        remove(path)
     return fd
 
 
@@ -122,6 +243,8 @@ def write_file(path: Path, write: Callable[[BufferedRandom], None]) -> int:
             fcntl.flock(file, fcntl.LOCK_EX)  # says that its process lives
             write(file)
             file.flush()
+            os.fsync(file.fileno())  # a name must not outlive, in a crash of the host, what it stands for
+            prove(path, os.fstat(file.fileno()))
             fd = os.open(partial, os.O_RDONLY)
             os.replace(partial, path)
             return fd
@@ -173,12 +296,12 @@ def make_room(cache: Cache, needed_bytes: int, keep: Path | None = None) -> None
                 elif path.suffix in (".tar", ".partial"):
                     total += stat.st_size
                     if path.suffix == ".tar" and path != keep:
-                        entries.append((stat.st_mtime_ns, stat.st_size, path))
+                        entries.append((stat.st_atime_ns, stat.st_size, path))
         limit = min(cache.limit_bytes, (shutil.disk_usage(cache.folder).free + total) // 2)
         for _, size, path in sorted(entries):
             if total + needed_bytes <= limit:
                 break
-            path.unlink(missing_ok=True)
+            remove(path)
             total -= size
 
 

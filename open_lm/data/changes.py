@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+from open_lm.config.redact import redact
 from open_lm.data.manifest import Source
 from open_lm.data.order import Change, Mix, upsample_weights
 
@@ -26,14 +27,14 @@ MOVES_ON = {"global_batch", "weights", "factors", "seed"}
 def describe_source(source: Source) -> dict[str, Any]:
     """What a checkpoint keeps of a source, as plain JSON; `marks` are the first 8 hex digits of the sha256 of the
     listing up to every ceil(shards / MARKS)-th shard."""
-    names = [posixpath.basename(shard.url) for shard in source.shards]
+    first, last = (posixpath.basename(redact(source.shards[i].url)) for i in (0, -1))
     return {
         "sha256": source.sha256,
         "sequences": source.sequences,
-        "shards": len(names),
-        "first": names[0],
-        "last": names[-1],
-        "marks": "".join(marks(source.listing, -(-len(names) // MARKS))),
+        "shards": len(source.shards),
+        "first": first,
+        "last": last,
+        "marks": "".join(marks(source.listing, -(-len(source.shards) // MARKS))),
     }
 
 
@@ -62,7 +63,10 @@ def grown_from(saved: dict[str, Any], source: Source) -> int | None:
             sequences += next(shards).num_sequences
             count += 1
             if sequences == saved["sequences"] and count == saved.get("shards", count):
-                for old in (source.listing[:end], source.listing[: end + 1]):  # the last newline is optional
+                for old in (
+                    source.listing[:end],
+                    source.listing[:end] + b"\n",
+                ):  # the last newline is optional
                     if hashlib.sha256(old).hexdigest() == saved["sha256"]:
                         return count
         end += 1
@@ -74,7 +78,7 @@ def differ(saved: dict[str, Any], source: Source) -> str:
     here = describe_source(source)
     text = f"{saved['sequences']:,} sequences"
     if "shards" in saved:
-        text = f"{saved['shards']:,} shards ({saved['first']} … {saved['last']}), {text}"
+        text = f"{saved['shards']:,} shards ({redact(saved['first'])} … {redact(saved['last'])}), {text}"
     names = f"{here['first']} … {here['last']}"
     text += f" there, {here['shards']:,} shards ({names}), {here['sequences']:,} sequences here"
     if grown_from(saved, source) is not None:
@@ -90,7 +94,7 @@ def differ(saved: dict[str, Any], source: Source) -> str:
     first, last = same * stride, min((same + 1) * stride, here["shards"]) - 1
     if first >= here["shards"]:
         return f"{text}; shards are missing at the end"
-    names = [posixpath.basename(source.shards[i].url) for i in (first, last)]
+    names = [posixpath.basename(redact(source.shards[i].url)) for i in (first, last)]
     where = (
         f"number {first} ({names[0]})" if first == last else f"of {first} … {last} ({names[0]} … {names[1]})"
     )
@@ -136,8 +140,9 @@ def changes_since(
     goes_on = set(changed) <= MOVES_ON | {"masks"}
     for number, (old, source) in enumerate(zip(there, sources, strict=True)):
         count = len(source.shards) if old["sha256"] == source.sha256 else grown_from(old, source)
-        if old["sha256"] != source.sha256 and not (append and count is not None):
-            texts.insert(0, f"source {number} ({source.name}): {differ(old, source)}")
+        grown = count is not None and count < len(source.shards)
+        if count is None or (grown and not append):
+            texts.insert(0, f"source {number} ({redact(source.name)}): {differ(old, source)}")
         if count is None:
             goes_on = False
         else:

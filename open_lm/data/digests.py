@@ -73,7 +73,7 @@ def find_fault(member: bytes | memoryview, layout: Layout, i: int, shard_digest:
     if (found := find_shard_digest(header)) != shard_digest:
         return f"sample {name} is of a shard with the digest {found}, the manifest's row_digests is {shard_digest}"
     if (found := digest_row(header, data)) != header[ROW].rstrip(b"\0"):
-        return f"sample {name}: the digest of what came is not the one in its header"
+        return f"sample {name}: the digest of its bytes is not the one in its header"
     return None
 
 
@@ -85,14 +85,35 @@ def find_faults(fd: int, layout: Layout, shard_digest: str) -> Iterator[str]:
             yield fault
 
 
+def find_own_faults(fd: int, layout: Layout) -> Iterator[str]:
+    """Of rows whose manifest says nothing of their digests: `find_faults` where all are of one shard, else those
+    whose headers are damaged, or that carry a digest and are not what it says."""
+    if (digest := find_common(fd, layout)) is not None:
+        yield from find_faults(fd, layout, digest)
+        return
+    for i in range(layout.count):
+        member = os.pread(fd, BLOCK_BYTES + layout.sequence_bytes, row_start(layout, i))
+        header, data = member[:BLOCK_BYTES], member[BLOCK_BYTES:]
+        name, size = parse_header(header)
+        if header[257:262] == b"ustar" and size is None:
+            yield f"sample number {i} has a damaged header"
+        elif find_shard_digest(header) is not None and digest_row(header, data) != header[ROW].rstrip(b"\0"):
+            yield f"sample {name}: the digest of its bytes is not the one in its header"
+
+
+def find_common(fd: int, layout: Layout) -> str | None:
+    """The shard's digest that every row carries; None if any carries none or another one."""
+    headers = (os.pread(fd, BLOCK_BYTES, row_start(layout, i)) for i in range(layout.count))
+    found = {find_shard_digest(header) for header in headers}
+    return found.pop() if len(found) == 1 else None
+
+
 def find_digests(fd: int, layout: Layout) -> str | None:
     """The digest of a shard of which every row carries one; None if any carries none or another shard's.
 
     ValueError: a row is not what its digest says.
     """
-    headers = (os.pread(fd, BLOCK_BYTES, row_start(layout, i)) for i in range(layout.count))
-    found = {find_shard_digest(header) for header in headers}
-    digest = found.pop() if len(found) == 1 else None
+    digest = find_common(fd, layout)
     if digest is not None and (fault := next(find_faults(fd, layout, digest), None)) is not None:
         raise ValueError(fault)
     return digest

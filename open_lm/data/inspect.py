@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import tyro
 
-from open_lm.data.binary import BinaryShard, UnreadableSample
-from open_lm.data.digests import find_faults
-from open_lm.data.index import hash_file
+from open_lm.config.redact import redact
+from open_lm.data.binary import DTYPES, BinaryShard, UnreadableSample
+from open_lm.data.digests import find_faults, find_own_faults
+from open_lm.data.index import hash_file, refuse_digests
 from open_lm.data.manifest import Shard, Source, locate_beside, read_information, read_manifest
 from open_lm.data.order import normalize_weights
-from open_lm.data.remote import Cache, Patience, list_matching, read_bytes
+from open_lm.data.remote import Cache, Patience, is_local, list_matching, read_bytes
 from open_lm.data.shards import AUTO, open_shard
 
 if TYPE_CHECKING:
@@ -93,15 +94,25 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
     try:
         if shard.bytes not in (None, length := os.fstat(reader.fd).st_size):
             damages.append(
-                f"shard {shard.url}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
+                f"shard {redact(shard.url)}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
             )
         if shard.sha256 not in (None, found := hash_file(reader.fd) if shard.sha256 else None):
-            damages.append(f"shard {shard.url}: the manifest says sha256 {shard.sha256}, the tar has {found}")
-        if shard.row_digests and isinstance(reader, BinaryShard):
-            odd_rows = [
-                f"shard {shard.url}: {fault}"
-                for fault in find_faults(reader.fd, reader.layout, shard.row_digests)
-            ]
+            damages.append(
+                f"shard {redact(shard.url)}: the manifest says sha256 {shard.sha256}, the tar has {found}"
+            )
+        if isinstance(reader, BinaryShard):
+            known = shard.row_digests
+            faults = (
+                find_faults(reader.fd, reader.layout, known)
+                if known
+                else find_own_faults(reader.fd, reader.layout)
+            )
+            odd_rows = [f"shard {redact(shard.url)}: {fault}" for fault in faults]
+        elif reader.index.key in DTYPES:
+            try:
+                refuse_digests(reader.fd, shard.url, reader.index)
+            except ValueError as error:
+                damages.append(redact(str(error)))
         for number in range(len(reader)):
             try:
                 tokens_L = reader[number]
@@ -114,22 +125,25 @@ def verify_shard(shard: Shard, key: str, vocab_size: int | None, patience: Patie
                 highest.append(int(tokens_L.max()))
             odd += shard.sequence_tokens not in (None, len(tokens_L))
     except OSError as error:
-        damages.append(f"shard {shard.url}: {error}")
+        damages.append(f"shard {redact(shard.url)}: {error}")
     finally:
         reader.close()
     damages += name_samples(shard, unreadable, "cannot be read")
     damages += name_samples(shard, odd_rows, "are not what their digests say")
     if not unreadable and not odd and shard.tokens not in (None, tokens):
         damages.append(
-            f"shard {shard.url}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
+            f"shard {redact(shard.url)}: the manifest says {shard.tokens:,} tokens, the tar has {tokens:,}"
         )
     if odd:
         damages.append(
-            f"shard {shard.url}: {odd:,} samples have not the {shard.sequence_tokens} tokens that the manifest says"
+            f"shard {redact(shard.url)}: {odd:,} samples have not the "
+            f"{shard.sequence_tokens} tokens that the manifest says"
         )
     low, high = min(lowest, default=0), max(highest, default=0)
     if vocab_size is not None and not -vocab_size <= low <= high < vocab_size:
-        damages.append(f"shard {shard.url}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}")
+        damages.append(
+            f"shard {redact(shard.url)}: token ids {low:,} … {high:,} in a vocabulary of {vocab_size:,}"
+        )
     return Finding(tokens, low, high, tuple(damages))
 
 
@@ -137,7 +151,7 @@ def name_samples(shard: Shard, damages: list[str], what: str) -> list[str]:
     """The first of a shard's damages, and their number if there are more."""
     if len(damages) <= NAMED_SAMPLES:
         return damages
-    return [*damages[:NAMED_SAMPLES], f"shard {shard.url}: {len(damages):,} samples {what} in all"]
+    return [*damages[:NAMED_SAMPLES], f"shard {redact(shard.url)}: {len(damages):,} samples {what} in all"]
 
 
 def verify_source(source: Source, config: InspectConfig, vocab_size: int | None) -> Iterator[Finding]:
@@ -159,7 +173,7 @@ def describe_source(source: Source, share: float) -> str:
     said = f", {tokens:,} tokens" if len(known) == len(source.shards) else ""
     said += f", {size / 1e9:.3f} GB" if size else ""
     return (
-        f"{source.name}: {source.sequences:,} sequences in {len(source.shards):,} shards{said}, "
+        f"{redact(source.name)}: {source.sequences:,} sequences in {len(source.shards):,} shards{said}, "
         f"{', '.join(keys)}; {share:.2%} of the mix"
     )
 
@@ -176,7 +190,7 @@ def load_tokenizer(url: str) -> "Tokenizer":
     try:
         return Tokenizer.from_str(content.decode())
     except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"--tokenizer {url}: no tokenizer.json: {error}") from None
+        raise ValueError(f"--tokenizer {redact(url)}: no tokenizer.json: {error}") from None
 
 
 def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:
@@ -194,6 +208,28 @@ def show_sample(source: Source, key: str, tokenizer: "Tokenizer | None") -> str:
     return shown
 
 
+def look_beside(manifest: str, patience: Patience) -> dict:
+    """info.json beside the manifest; empty also where access to it is denied, as S3 says of what is not there to
+    those who may not list."""
+    try:
+        return read_information(manifest, patience)
+    except PermissionError:
+        return {}
+
+
+def compare_sizes(source: Source) -> Iterator[str]:
+    """Local shards that are not there, or have not the bytes that the manifest says."""
+    for shard in source.shards:
+        if is_local(shard.url):
+            try:
+                length = os.stat(shard.url.removeprefix("file://")).st_size
+            except OSError as error:
+                yield f"shard {shard.url}: {error.strerror}"
+                continue
+            if shard.bytes not in (None, length):
+                yield f"shard {shard.url}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}"
+
+
 def inspect(config: InspectConfig) -> list[str]:
     """Prints what the manifests hold; returns the damages. ValueError for weights that do not fit."""
     if not config.manifests:
@@ -206,8 +242,10 @@ def inspect(config: InspectConfig) -> list[str]:
     for manifest, weight in zip(manifests, weights, strict=True):
         try:
             source = read_manifest(manifest, patience)
-            information = read_information(manifest, patience)
+            information = look_beside(manifest, patience)
             print(describe_source(source, float(weight)))
+            if not config.verify:
+                damages += compare_sizes(source)
             named = information.get("tokenizer")
             beside = load_tokenizer(locate_beside(named, manifest)) if named and given is None else None
             print(show_sample(source, config.data_key, given or beside))
@@ -224,7 +262,7 @@ def verify(config: InspectConfig, manifest: str) -> list[str]:
     """Reads a source whole, prints what was found and returns the damages."""
     try:
         source = read_manifest(manifest, config.patience)
-        vocab_size = config.vocab_size or read_information(manifest, config.patience).get("vocab_size")
+        vocab_size = config.vocab_size or look_beside(manifest, config.patience).get("vocab_size")
     except (ValueError, OSError) as error:
         return [str(error)]
     findings = list(verify_source(source, config, vocab_size))

@@ -2,8 +2,10 @@
 
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 from torch.utils.data import Dataset
@@ -42,7 +44,9 @@ class TrainData:
         seed: int,
         cache: Cache | None = None,
         end_of_text: int | None = None,
+        stop: threading.Event | None = None,
     ):
+        """`stop`, once it is set, ends the search for the sources, which may open every shard: Stopped."""
         if global_batch % world_size:
             raise ValueError(
                 f"the global batch of {global_batch} sequences cannot be shared by {world_size} ranks"
@@ -62,7 +66,7 @@ class TrainData:
             self.items: Dataset = SyntheticSteps(seed, *slots, seq_len + 1, vocab_size)
             return
         cache = cache or find_cache(config)
-        self.sources = find_sources(config, cache)
+        self.sources = find_sources(config, until(cache, stop))
         for source in self.sources:
             check_vocabulary(source.name, vocab_size, cache)
         if rank == 0:
@@ -122,7 +126,10 @@ class TrainData:
         if self.order is None:
             return []
         places = self.order.slots(step, *self.slots)
-        return [f"{self.sources[source].shards[shard].url}: {sequence}" for source, shard, sequence in places]
+        return [
+            f"{redact(self.sources[source].shards[shard].url)}: {sequence}"
+            for source, shard, sequence in places
+        ]
 
     def check_enough(self, end_step: int) -> None:
         """ValueError if a source is used up before `end_step` and may be neither read again nor resampled."""
@@ -131,7 +138,7 @@ class TrainData:
         needs = self.order.counts(end_step)
         factors = [max(Fraction(1), Fraction(factor)) for factor in self.factors or ["1"] * len(needs)]
         missing = [
-            f"source {number} ({source.name}) holds {source.sequences:,} sequences"
+            f"source {number} ({redact(source.name)}) holds {source.sequences:,} sequences"
             + (f", {source.sequences * factor:,g} at its factor of {factor}" if factor > 1 else "")
             + f", the run needs {need:,} by step {end_step:,}"
             for number, (source, factor, need) in enumerate(
@@ -190,6 +197,11 @@ def find_sources(config: DataConfig, cache: Cache) -> list[Source]:
     raise ValueError("no training data: give --dataset-manifest, --train-data or --dataset-type synthetic")
 
 
+def until(cache: Cache, stop: threading.Event | None) -> Cache:
+    """The cache whose patience ends when `stop` is set."""
+    return replace(cache, patience=replace(cache.patience, stop=stop))
+
+
 def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> None:
     """Of a local source: every tar is there, and the first opens and holds what the manifest says.
 
@@ -202,7 +214,7 @@ def check_shards(source: Source, key: str, cache: Cache, cut_short: bool) -> Non
         if folder not in listed:
             listed[folder] = set(os.listdir(folder or "."))
         if name not in listed[folder]:
-            raise FileNotFoundError(f"{shard.url}, named by {source.name}, does not exist")
+            raise FileNotFoundError(f"{redact(shard.url)}, named by {redact(source.name)}, does not exist")
     if local:
         open_shard(local[0], key, cache, cut_short=cut_short).close()
 
@@ -234,7 +246,8 @@ def check_vocabulary(manifest: str, vocab_size: int, cache: Cache) -> None:
         return
     if isinstance(said, int) and said > vocab_size:
         raise ValueError(
-            f"{manifest}: its tokens are of a vocabulary of {said:,} ids (info.json beside it), the model's has "
+            f"{redact(manifest)}: its tokens are of a vocabulary of {said:,} ids "
+            "(info.json beside it), the model's has "
             f"{vocab_size:,}: take a --model with vocab_size {said} or more, or tokenize with the model's tokenizer"
         )
 
@@ -257,10 +270,11 @@ class ValData:
         cache: Cache | None = None,
         masks: Masks = NO_MASKS,
         name: str | None = None,
+        stop: threading.Event | None = None,
     ):
         limit = None if max_tokens is None else max(1, max_tokens // seq_len)
         cache = cache or Cache()
-        source = find_source(entry, key, cache, limit)
+        source = find_source(entry, key, until(cache, stop), limit)
         if is_manifest(entry):
             check_shards(source, key, cache, ignore_parse_errors)
             check_vocabulary(entry, vocab_size, cache)

@@ -7,6 +7,7 @@ import posixpath
 import re
 from typing import NamedTuple
 
+from open_lm.config.redact import redact
 from open_lm.data.remote import PIPE, Patience, is_local, read_bytes
 
 NUMBERS = ("bytes", "sequence_tokens", "first_offset", "stride", "tokens")
@@ -62,21 +63,22 @@ def read_manifest(url: str, patience: Patience | None = None) -> Source:
     """
     if is_local(url) and os.path.isdir(url.removeprefix("file://")):
         raise IsADirectoryError(
-            f"{url} is a folder: name its manifest, e.g. {posixpath.join(url, 'manifest.jsonl')}"
+            f"{redact(url)} is a folder: name its manifest, e.g. {posixpath.join(url, 'manifest.jsonl')}"
         )
     content = read_bytes(url, patience)
     shards: dict[str, Shard] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
-        shard = parse_line(line, url, f"{url}:{number}")
+        shard = parse_line(line, url, f"{redact(url)}:{number}")
         if shard.url in shards:
-            raise ValueError(f"{url}:{number}: shard {shard.url} is listed twice")
+            raise ValueError(f"{redact(url)}:{number}: shard {redact(shard.url)} is listed twice")
         shards[shard.url] = shard
     source = Source(url, tuple(shards.values()), hashlib.sha256(content).hexdigest(), content)
     if source.sequences == 0:
         raise ValueError(
-            f"{url}: the manifest lists no sequences; where open_lm.tokenize wrote it, the part had too little "
+            f"{redact(url)}: the manifest lists no sequences; where open_lm.tokenize "
+            "wrote it, the part had too little "
             "text (info.json beside it counts): leave it out, or tokenize with more text or share held out"
         )
     return source
@@ -93,9 +95,9 @@ def read_information(manifest: str, patience: Patience | None = None) -> dict:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise ValueError(f"{url}: not JSON: {error}") from None
+        raise ValueError(f"{redact(url)}: not JSON: {error}") from None
     if not isinstance(information, dict):
-        raise ValueError(f"{url}: not a JSON object")
+        raise ValueError(f"{redact(url)}: not a JSON object")
     return information
 
 
@@ -141,10 +143,11 @@ def locate_beside(name: str, manifest: str) -> str:
     found = list(PIPED.finditer(manifest))
     if not found:
         raise ValueError(
-            f"{manifest}: the command names no .jsonl file, so where its shard {name} lies is unknown: give the "
+            f"{redact(manifest)}: the command names no .jsonl file, so where its shard "
+            f"{name} lies is unknown: give the "
             "manifest itself"
         )
     if not re.fullmatch(r"(?!-)[\w./+=:@%,-]+", name):
-        raise ValueError(f"{manifest}: {name!r} cannot stand in a command: rename the shard")
+        raise ValueError(f"{redact(manifest)}: {name!r} cannot stand in a command: rename the shard")
     word = found[-1]
     return manifest[: word.start()] + word["folder"] + name + manifest[word.end() :]

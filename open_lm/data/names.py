@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 
+from open_lm.config.redact import redact
 from open_lm.data.remote import PIPE
 
 
@@ -22,11 +23,12 @@ def name_entries(entries: Sequence[str]) -> list[str]:
 
 
 def path_of(entry: str) -> str:
-    """The entry without its scheme; of a `pipe:` command the last word that looks like a path."""
+    """The entry without its scheme and what is secret in it; of a `pipe:` command the last word that is the path of
+    a tar or manifest, else nothing."""
     if entry.startswith(PIPE):
-        words = entry.removeprefix(PIPE).split()
-        entry = ([word for word in words if "/" in word] or words or [""])[-1]
-    return re.sub(r"^\w+://", "", entry)
+        words = re.findall(r"(?<=[\s'\"])[^\s'\"]+\.(?:tar|jsonl)(?=[\s'\"?|;&<>)]|$)", entry)
+        entry = words[-1] if words else ""
+    return re.sub(r"^\w+://", "", redact(entry))
 
 
 def clean(text: str) -> str:

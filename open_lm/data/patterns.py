@@ -1,21 +1,35 @@
 """Patterns that stand for many shards."""
 
 import itertools
+import os
 import re
 from collections.abc import Iterator
+
+from open_lm.config.redact import HIDDEN, redact
+
+COLONS = "; a shard whose own name holds `::` can be named by a manifest, and in a glob as `:[:]`"
+
+
+def hint(pattern: str) -> str:
+    """What to say of a file that is not there, where `::` may have been part of its name."""
+    return f" (`::` joins several{COLONS})" if "::" in pattern else ""
 
 
 def expand(pattern: str) -> list[str]:
     """Shard URLs of a pattern: `::` joins patterns; {00..09}, {0..9..3}, {a..c}, {x,y} expand as in bash.
 
-    ValueError: what follows a URL looks like the rest of its name.
+    The name of a local file that is there is no pattern for its `::`. ValueError: what follows a URL looks like the
+    rest of its name.
     """
+    if "::" in pattern and os.path.exists(pattern.removeprefix("file://")):
+        return [pattern]
     parts = [part for part in pattern.split("::") if part]
     for before, part in itertools.pairwise(parts):
         if "://" in before and not re.match(r"[.~]?/|\.\./|\w+://|pipe:", part):
+            shown = HIDDEN if "pipe:" in pattern else part  # a command's rest may be secret
             raise ValueError(
-                f"{pattern}: `::` joins shards, and {part!r} is no URL as the one before it: write ./{part} for a "
-                "local file; a shard whose own name holds `::` can be named by a manifest, and in a glob as `:[:]`"
+                f"{redact(pattern)}: `::` joins shards, and {shown!r} is no URL as the one before it: write "
+                f"./{shown} for a local file{COLONS}"
             )
     return [url for part in parts for url in expand_braces(part)]
 

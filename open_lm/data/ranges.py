@@ -198,19 +198,16 @@ def may_have_ranges(shard: Shard, cache: Cache) -> bool:
 
 
 def find_ranged(shard: Shard, cache: Cache) -> RangedShard | None:
-    """The shard, to be read by ranges; None if it is in the cache, is not there, or not what the manifest says:
-    opening it tells what is wrong.
+    """The shard, to be read by ranges; None if it is in the cache, or not what the manifest says: opening it tells
+    what is wrong.
 
-    PermissionError and OSError name the URL.
+    FileNotFoundError, PermissionError and OSError name the URL.
     """
     layout = promised_layout(shard)
     assert layout is not None
     if shard.sha256 is not None and is_cached(shard, cache):
         return None
-    try:
-        found = find_remote(shard.url, cache.patience)
-    except FileNotFoundError:
-        return None
+    found = find_remote(shard.url, cache.patience)
     size = found.size or 0
     if not found.has_parts or shard.bytes not in (None, size) or size < layout.end:
         return None

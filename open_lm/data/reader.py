@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from open_lm.config.redact import redact
 from open_lm.data.binary import BinarySequences, BinaryShard, UnreadableSample
 from open_lm.data.manifest import Shard, Source
 from open_lm.data.randomness import draw
@@ -33,7 +34,8 @@ from open_lm.data.source_order import LANES
 
 logger = logging.getLogger(__name__)
 
-# A manifest names the shard, so it was there: network disks and shards in replacement lack it for a moment.
+# A manifest names the local shard, so it was there: network disks and shards in replacement lack it for a moment.
+# An object store's 404 is final.
 GONE_RETRIES = 2
 # What a request costs, in bytes of a whole shard: 3 ms of CPU, 50 on the way, in which some MB come. When those of
 # a shard's rows have cost as much as all of it, it is waited for.
@@ -73,7 +75,7 @@ class OpenShards:
 
     def get(self, shard: Shard) -> Reader:
         """The shard's reader. ValueError if it does not hold what its manifest promises; FileNotFoundError if it
-        is gone, also after waiting for it; OSError if rows that were read by ranges are not those it has."""
+        is gone, a local one also after waiting for it; OSError if rows that ranges gave are not those it has."""
         reader = self.readers.get(shard.url)
         if isinstance(reader, RangedShard) and reader.has_come():
             reader = self.replace(reader)
@@ -129,12 +131,8 @@ class OpenShards:
             for reader, needed in readers
             for together in reader.requests(needed)
         ]
-        for reader, future in keeping:
-            try:
-                future.result()
-            except FileNotFoundError:  # the whole shard tells what is wrong, if it is
-                if self.readers.get(reader.url) is reader:
-                    self.replace(reader)
+        for _, future in keeping:
+            future.result()
         for reader, _ in readers:
             self.fetch(reader)
 
@@ -153,7 +151,7 @@ class OpenShards:
         """The whole shard, with which the rows that were read by ranges agree."""
         try:
             whole = self.fetch(reader).result()
-        except PermissionError:
+        except (PermissionError, FileNotFoundError):
             raise
         except OSError as error:
             logger.warning("%s; fetched once more", error)  # that may be long ago
@@ -173,12 +171,15 @@ class OpenShards:
     def open(self, shard: Shard) -> ShardReader | BinaryShard:
         """The whole shard, fetched if it is remote."""
         patience = self.cache.patience
-        for attempt in range(1, min(patience.retries, GONE_RETRIES) + 1):
+        looks = min(patience.retries, GONE_RETRIES) if is_local(shard.url) else 0
+        for attempt in range(1, looks + 1):
             try:
                 return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
             except FileNotFoundError as error:
                 seconds = patience.wait_seconds(attempt)
-                logger.warning("%s; it is looked for again in %.1f s", error, seconds)
+                logger.warning(
+                    "%s; it is looked for again in %.1f s", str(error).partition(": check")[0], seconds
+                )
                 (patience.stop or threading.Event()).wait(seconds)
         return open_shard(shard, self.key, self.cache, cut_short=self.cut_short)
 
@@ -216,7 +217,8 @@ class SequenceReader:
         for shard in (shard for source in sources for shard in source.shards):
             if shard.sequence_tokens is not None and shard.sequence_tokens < self.length:
                 raise ValueError(
-                    f"shard {shard.url}: its manifest says {shard.sequence_tokens} tokens a sequence, the model's "
+                    f"shard {redact(shard.url)}: its manifest says "
+                    f"{shard.sequence_tokens} tokens a sequence, the model's "
                     f"seq_len {seq_len} needs {self.length}: tokenize for it, or take another --model"
                 )
 
@@ -244,7 +246,8 @@ class SequenceReader:
                 good_B[row] = spare >= 0
                 if spare < 0:
                     bad.append(
-                        f"shard {reader.url}: sample {reader.name(sequence)} has {self.length + spare} tokens, "
+                        f"shard {redact(reader.url)}: sample {reader.name(sequence)} "
+                        f"has {self.length + spare} tokens, "
                         f"{self.length} are needed"
                     )
             except UnreadableSample as error:
@@ -279,7 +282,8 @@ class SequenceReader:
         outside_L = (tokens_L < 0) | (tokens_L >= self.vocab_size)
         if outside_L.any():
             raise ValueError(
-                f"shard {reader.url}: sample {reader.name(sequence)} has token id {tokens_L[outside_L][0]}, "
+                f"shard {redact(reader.url)}: sample {reader.name(sequence)} has token "
+                f"id {tokens_L[outside_L][0]}, "
                 f"the model's vocabulary has {self.vocab_size}: another tokenizer's data, or the wrong --model"
             )
         return tokens_L

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 from open_lm.config.redact import redact
 from open_lm.data import s3
-from open_lm.data.cache import Cache, make_private_folder, open_or_write
-from open_lm.data.patterns import expand
+from open_lm.data.cache import Cache, Expected, make_private_folder, open_or_write
+from open_lm.data.patterns import expand, hint
 from open_lm.data.retry import LastingError, Patience, retry
 
 __all__ = ["PIPE", "Cache", "Patience", "is_local", "open_file", "read_bytes"]
@@ -69,11 +69,13 @@ def read_bytes(url: str, patience: Patience | None = None) -> bytes:
 def open_local(url: str) -> int:
     path = url.removeprefix("file://")
     if os.path.isdir(path):
-        raise IsADirectoryError(f"{url} is a folder, a file is needed")
+        raise IsADirectoryError(f"{redact(url)} is a folder, a file is needed")
     try:
         return os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{url}: no such file") from None
+        raise FileNotFoundError(
+            f"{redact(url)}: no such file: check its name, and what this host has"
+        ) from None
 
 
 def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:
@@ -84,12 +86,14 @@ def list_matching(pattern: str, patience: Patience | None = None) -> list[str]:
     found: list[str] = []
     for url in expand(pattern):
         path = url.removeprefix("file://")
+        if is_local(url) and not glob.has_magic(path) and hint(pattern) and not os.path.exists(path):
+            raise FileNotFoundError(f"{redact(url)}: no such file{hint(pattern)}")
         if url.startswith(PIPE) or not glob.has_magic(path) or (is_local(url) and os.path.exists(path)):
             found.append(url)
             continue
         matching = sorted(glob.glob(path, recursive=True) if is_local(url) else list_remote(url, patience))
         if not matching:
-            raise FileNotFoundError(f"{redact(url)}: nothing matches")
+            raise FileNotFoundError(f"{redact(url)}: nothing matches{hint(pattern)}")
         found += matching
     return found
 
@@ -109,9 +113,10 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
     """A read-only file descriptor of the file, fetched into the cache if it is remote and not there yet.
 
     It stays valid when the cache evicts the file. Several processes may ask at once: one of them fetches.
-    `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched, not of local files:
-    what differs is fetched again. Errors (FileNotFoundError, PermissionError, ImportError, OSError with the
-    command's stderr or the server's answer) name the URL, what was expected and what came.
+    `size` in bytes and `sha256` (hexadecimal), where known, are checked of what is fetched and of what the cache
+    holds, not of local files: what differs is fetched again. Errors (FileNotFoundError,
+    PermissionError, ImportError, OSError with the command's stderr or the server's answer) name the URL,
+    what was expected and what came.
     """
     if is_local(url):
         return open_local(url)
@@ -127,7 +132,7 @@ def open_file(url: str, cache: Cache | None, size: int | None = None, sha256: st
         name,
         url,
         lambda file: fetch(url, file, cache.patience, expected, found),
-        size if found is None else found.size,
+        Expected(size if found is None else found.size, sha256),
     )
 
 
@@ -146,13 +151,6 @@ class Found(NamedTuple):
     size: int | None
     version: str
     has_parts: bool
-
-
-class Expected(NamedTuple):
-    """What a manifest says of a file."""
-
-    size: int | None
-    sha256: str | None
 
 
 def fetch(
@@ -247,6 +245,8 @@ def download_whole(found: Found, file: BufferedRandom) -> None:
 
 def find_reader(url: str, patience: Patience) -> tuple[Any, str]:
     """What reads a file, with `info` and `cat_file` as fsspec's file systems have them, and the path in it."""
+    if re.fullmatch(r"(s3a?|gs|gcs)://[^/]*/?", url):
+        raise LastingError("no object is named: SCHEME://BUCKET/KEY")
     return s3.find_objects(url, patience.timeout_seconds) or find_file_system(url, patience)
 
 
@@ -259,7 +259,9 @@ def find_file_system(url: str, patience: Patience | None = None) -> tuple[Any, s
     import fsspec.core
 
     seconds = (patience or Patience()).timeout_seconds
-    protocol = url.partition("://")[0]
+    protocol, _, rest = url.partition("://")
+    if protocol in ("s3", "s3a") and not rest.strip("/"):
+        raise LastingError("no object is named, not even a bucket: SCHEME://BUCKET/KEY")
     options: dict[str, Any] = {}
     if protocol in ("s3", "s3a"):
         configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})

@@ -59,8 +59,9 @@ class LastingError(OSError):
     """One that another attempt would meet again."""
 
 
-def retry(url: str, action: str, operation: Callable[[], T], patience: Patience) -> T:
-    """What `operation` returns, called up to 1 + patience.retries times; `action` says what it does.
+def retry(url: str, action: str, operation: Callable[[], T], patience: Patience, verb: str = "read") -> T:
+    """What `operation` returns, called up to 1 + patience.retries times; `action` says what it does, `verb` what
+    the URL cannot be where it fails.
 
     Again: throttling, 5xx, resets, stalls, bodies that end early, names that do not resolve. At once: what is
     not there, not allowed, without credentials, or wrong in itself. Errors (FileNotFoundError, PermissionError,
@@ -75,7 +76,7 @@ def retry(url: str, action: str, operation: Callable[[], T], patience: Patience)
         except Exception as error:
             seconds = time.monotonic() - started
             if not is_passing(error):
-                raise explain(url, error) from None
+                raise explain(url, error, verb) from None
             if attempt > patience.retries:
                 raise OSError(
                     f"{redact(url)}: {action} failed {attempt} times in {seconds:.1f} s (--data-retries "
@@ -129,15 +130,15 @@ def find_status(error: BaseException) -> tuple[int, str]:
     return (status if isinstance(status, int) else 0), ""
 
 
-def explain(url: str, error: BaseException) -> Exception:
+def explain(url: str, error: BaseException, verb: str = "read") -> Exception:
     """The FileNotFoundError, PermissionError, ImportError or OSError that names the URL."""
     if isinstance(error, Stopped):
         return error
     status = next((status for cause in walk_causes(error) if (status := find_status(cause)[0])), 0)
     if isinstance(error, PermissionError) or status in (401, 403):
-        return PermissionError(f"{redact(url)}: cannot be read, access is denied: {describe(error)}")
+        return PermissionError(f"{redact(url)}: cannot be {verb}, access is denied: {describe(error)}")
     if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{redact(url)}: no such file")
+        return FileNotFoundError(f"{redact(url)}: no such file: check its name, and what is there")
     if isinstance(error, ImportError):
         package = {"s3": "s3fs", "http": "aiohttp", "https": "aiohttp"}.get(url.partition(":")[0])
         return ImportError(
@@ -146,7 +147,7 @@ def explain(url: str, error: BaseException) -> Exception:
     if isinstance(error, LastingError):
         return LastingError(f"{redact(url)}: {redact(str(error))}")
     hint = next((text for name, text in HINTS.items() if name in type(error).__name__), "")
-    explained = OSError(f"{redact(url)}: cannot be read: {describe(error)}{hint}")
+    explained = OSError(f"{redact(url)}: cannot be {verb}: {describe(error)}{hint}")
     explained.errno = getattr(error, "errno", None)
     return explained
 

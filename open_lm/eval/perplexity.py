@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from open_lm.config.eval import EvalConfig
 from open_lm.config.optim import PrecisionName
+from open_lm.config.redact import redact
 from open_lm.data.errors import DataError, of_data
 from open_lm.data.loader import ValData
 from open_lm.data.waiting import LEFT, waiting
@@ -102,7 +103,8 @@ def evaluate(
     model.train(was_training)
     if not tokens:
         raise DataError(
-            f"--val-data {val_data.entry} has no token to predict: all {sequences + skipped:.0f} sequences are "
+            f"--val-data {redact(val_data.entry)} has no token to predict: all "
+            f"{sequences + skipped:.0f} sequences are "
             f"shorter than {seq_len} + 1 tokens, unreadable or masked"
         )
     speed = (sequences + skipped) * seq_len / max(seconds, 1e-9)

@@ -54,7 +54,7 @@ class Log:
     def __init__(self, folder: Path, *, rank: int, local: bool = False, debug: bool = False) -> None:
         """`local`: this rank writes a text log of its own, out-RANK.log. Only rank 0 writes metrics."""
         self.folder = folder
-        self.is_main = rank == 0
+        self.is_main, self._rank = rank == 0, rank
         self.console = Console()
         self._jsonl: TextIO | None = None
         self._sinks: list[Sink] = []
@@ -154,6 +154,24 @@ class Log:
         logger.error("the run ends by an error: %s", reason)
         if self._jsonl is not None:
             self._write_json({"failed": reason, "time": time.time()})
+
+    def traceback(self, error: BaseException) -> str:
+        """Where the error was raised: to this rank's text log alone, not to the console. The file's name; a rank
+        without a log begins its own, and "" where that cannot be written."""
+        texts = [handler for handler in logger.handlers if isinstance(handler, OutLog)]
+        handler = texts[0] if texts else None
+        try:
+            if handler is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                handler = OutLog(self.folder / f"out-{self._rank}.log")
+                handler.setFormatter(logging.Formatter("%(asctime)s | %(levelname)s | %(message)s"))
+                handler.addFilter(Redacting())
+                logger.addHandler(handler)
+        except OSError:
+            return ""
+        info = (type(error), error, error.__traceback__)
+        handler.handle(logging.LogRecord("open_lm", logging.ERROR, "", 0, "where it was raised", (), info))
+        return "" if handler.failed else handler.baseFilename
 
     def close_metrics(self, failed: bool = False) -> None:
         """Flushes and closes everything but the text log, in bounded time. `failed`: the run ends by an error."""

@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from open_lm.config.distributed import DistributedConfig
 from open_lm.parallel.launch import Ranks, count_restarts, find_ranks
+from open_lm.parallel.meeting import JOIN_SECONDS, meet
 from open_lm.parallel.watch import StopAsked, Watch, has_agent_store, open_store
 
 T = TypeVar("T")
@@ -26,7 +27,6 @@ FLIGHT_RECORDER = {
     "TORCH_NCCL_TRACE_BUFFER_SIZE": "2000",
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
 }
-JOIN_SECONDS = 600  # the longest that the first rank to come waits for the last
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class World:
     """Hears signals and notices hangs."""
     attempts: dist.Store | None = None
     """What torchrun keeps through its restarts of the ranks; None without torchrun."""
+    restarts: int = 0
+    """How often torchrun has started the ranks anew (--max-restarts), on whichever node."""
 
     @property
     def is_first(self) -> bool:
@@ -65,9 +67,14 @@ def start(config: DistributedConfig) -> World:
         torch.cuda.set_device(device)
     notes = [ranks.note] if ranks.note else []
     mesh = store = None
+    restarts = count_restarts()
     if ranks.world_size > 1 or config.force_distributed or config.fsdp:
         axes = _axes(config, ranks)
-        store = _init_group(config, ranks, device)
+        name = _backend(config, device)
+        if ranks.world_size > 1:
+            store, attempt = meet(ranks)
+            restarts = attempt - 1
+        _init_group(name, store, config, ranks, device)
         mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=tuple(axes))
         if hybrid := _hybrid_flag(config):
             nodes = axes.get("replicate")
@@ -79,12 +86,14 @@ def start(config: DistributedConfig) -> World:
     watch.start(
         ranks.rank,
         ranks.world_size,
-        open_store(store, count_restarts()),
+        open_store(store),
         config.stop_signals,
         config.hang_timeout,
     )
     attempts = open_attempts(ranks, store)
-    return World(ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes), watch, attempts)
+    return World(
+        ranks.rank, ranks.local_rank, ranks.world_size, device, mesh, tuple(notes), watch, attempts, restarts
+    )  # fmt: skip
 
 
 def open_attempts(ranks: Ranks, store: dist.Store | None) -> dist.Store | None:
@@ -148,8 +157,8 @@ def _axes(config: DistributedConfig, ranks: Ranks) -> dict[str, int]:
     return {"replicate": ranks.world_size // each, "shard": each}
 
 
-def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -> dist.Store | None:
-    """Makes the group; returns the store that the ranks have met in, None of one process by itself."""
+def _backend(config: DistributedConfig, device: torch.device) -> str:
+    """Of BACKENDS. ValueError where it does not fit the flags or the device."""
     name = config.dist_backend or ("nccl" if device.type == "cuda" else "gloo")
     if name not in BACKENDS:
         raise ValueError(f"--dist-backend {name}: expected {' or '.join(BACKENDS)}")
@@ -159,10 +168,16 @@ def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -
         raise ValueError(
             "--fsdp-cpu-offload with --dist-backend gloo on a GPU crashes torch 2.11: leave --dist-backend out"
         )
+    return name
+
+
+def _init_group(
+    name: str, store: dist.Store | None, config: DistributedConfig, ranks: Ranks, device: torch.device
+) -> None:
+    """Makes the group; without a store, of one process by itself."""
     if name == "nccl":
         for variable, value in FLIGHT_RECORDER.items():
             os.environ.setdefault(variable, value)
-    store = None if ranks.world_size == 1 else _meet(ranks)
     dist.init_process_group(
         BACKENDS[name],
         store=store or dist.HashStore(),
@@ -171,7 +186,6 @@ def _init_group(config: DistributedConfig, ranks: Ranks, device: torch.device) -
         timeout=timedelta(seconds=config.collective_timeout),
         device_id=device if name == "nccl" else None,
     )
-    return store
 
 
 def record_collectives(folder: str) -> None:
@@ -202,30 +216,6 @@ def agree_to_stop(world: World) -> None:
     """Raises StopAsked on all ranks if any has heard a signal. Collective: one number, on the CPU."""
     if sum_over_ranks_(torch.tensor(int(world.watch.asked()))).item():
         raise StopAsked
-
-
-def _meet(ranks: Ranks) -> dist.Store:
-    """The store that all ranks share, once all are there. Raises ConnectionError after JOIN_SECONDS."""
-    patience = timedelta(seconds=JOIN_SECONDS)
-    try:
-        store, _, _ = next(rendezvous(ranks.url, ranks.rank, ranks.world_size, timeout=patience))
-        here = f"open_lm/{count_restarts()}"  # torchrun's store outlives a restart
-        if ranks.rank:
-            store.set(f"{here}/rank {ranks.rank}", "here")
-            store.wait([f"{here}/all"], patience)
-        else:
-            store.wait([f"{here}/rank {rank}" for rank in range(1, ranks.world_size)], patience)
-            store.set(f"{here}/all", "here")
-    except (RuntimeError, ValueError) as error:
-        where = ranks.url
-        if where.startswith("env://"):
-            address, port = (os.environ.get(name, "(not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
-            where = f"MASTER_ADDR={address} MASTER_PORT={port}"
-        raise ConnectionError(
-            f"the {ranks.world_size} ranks did not meet at {where}: is that the address of rank 0's host, is the "
-            f"port free, was every rank started? ({(str(error) or type(error).__name__).splitlines()[0]})"
-        ) from error
-    return store
 
 
 def stop() -> None:

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -126,6 +127,11 @@ class Watch:
     def asked(self) -> bool:
         """Whether this rank knows that the run is to stop. Others may not know yet: agree before acting on it."""
         return self._asked.is_set()
+
+    @property
+    def stop(self) -> threading.Event:
+        """Set when this rank knows that the run is to stop; for what is done before the ranks agree on it."""
+        return self._asked
 
     def why(self) -> str:
         """The signal and the rank that it came to, once the ranks have agreed to stop."""
@@ -268,14 +274,29 @@ def _after_fork() -> None:
         for number in _ignored_in_children:
             # torch's own handler ends a worker by its rank's SIGTERM
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+        _leave_connections()
+
+
+def _leave_connections() -> None:
+    """A rank's connections end with it, not with its data workers: others shall see at once that it is gone. Their
+    numbers stay taken, as what holds one must not close another file."""
+    with suppress(OSError):  # not Linux
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if stat.S_ISSOCK(os.fstat(number).st_mode):
+                    with socket.socket(fileno=os.dup(number)) as connection:
+                        over_network = connection.family in (socket.AF_INET, socket.AF_INET6)
+                    if over_network:
+                        os.dup2(nothing, number)
+        os.close(nothing)
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def open_store(store: dist.Store | None, attempt: int) -> BoundedStore | None:
-    """A connection of the thread's own, as torch's waits block the one they use; apart from earlier attempts of
-    torchrun, whose store outlives them."""
+def open_store(store: dist.Store | None) -> BoundedStore | None:
+    """A connection of the thread's own, as torch's waits block the one they use."""
     if store is None:
         return None
     clone = getattr(store, "clone", None)
@@ -283,7 +304,7 @@ def open_store(store: dist.Store | None, attempt: int) -> BoundedStore | None:
         store = clone() if clone else store
     assert store is not None
     store.set_timeout(timedelta(seconds=10))
-    return BoundedStore(dist.PrefixStore(f"open_lm/watch/{attempt}", store))
+    return BoundedStore(dist.PrefixStore("open_lm/watch", store))
 
 
 def has_agent_store() -> bool:

@@ -70,6 +70,7 @@ def describe_part(
             "documents_not_sampled": c["not_sampled"],
             "documents_empty": c["empty"],
             "documents_bad": c["bad"],
+            "members_passed_over": c["passed"],
         }
         for entry, rate, c in zip(config.inputs, plan.split.rates, counts, strict=True)
     ]

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from open_lm.data.patterns import expand
+from open_lm.data.patterns import expand, hint
 from open_lm.data.remote import find_file_system, is_local
 from open_lm.data.retry import Patience, retry
 from open_lm.data.stream import open_stream
@@ -25,6 +25,9 @@ FORMATS = {
 }
 ARRAY = "write each object on a line of its own (jq -c '.[]' FILE > FILE.jsonl)"
 KNOWN = ".jsonl, .ndjson, .json (JSON lines), .txt, .parquet, .tar, with .gz or .zst where it is not parquet"
+
+
+IN_TARS = KNOWN.replace(".tar, ", "")
 
 
 class Kind(NamedTuple):
@@ -78,7 +81,10 @@ def list_files(
     is_ours = functools.cache(lambda folder: any(is_inside(folder, ours) for ours in excluded))
     for pattern in expand(entry):
         listing = list_local(pattern, others) if is_local(pattern) else list_remote(pattern, patience, others)
-        every = list(listing)
+        try:
+            every = list(listing)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}{hint(entry)}") from None
         listed = [file for file in every if not is_ours(posixpath.dirname(file[0]))]
         if every and not listed:
             raise FileNotFoundError(

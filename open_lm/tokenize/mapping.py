@@ -18,6 +18,7 @@ from open_lm.tokenize.split import Split, choose, find_slot, order_key
 from open_lm.tokenize.vocabulary import BATCH_BYTES, BATCH_DOCUMENTS, encode, open_tokenizer
 
 PIECE_TOKENS = 32 * 2**20
+NAMED = 10  # members of a unit that are passed over
 
 
 class Block(NamedTuple):
@@ -87,13 +88,14 @@ class Pieces:
 
 
 def encode_unit(task: Encode) -> dict:
-    """Writes the unit's pieces. Result: blocks by slot, counts by name, lines, the bad documents.
+    """Writes the unit's pieces. Result: blocks by slot, counts by name, lines, the bad documents, the first members
+    that are passed over.
 
     BadDocument: --on-bad fail, and there is one (or more than --max-bad in this unit alone).
     """
     tokenizer = open_tokenizer(task.output, task.patience)
     dtype, source, number = np.dtype(task.dtype), task.unit.file.source, task.unit.file.number
-    pieces, counts, bad, lines = Pieces(task), Counter(), [], 0
+    pieces, counts, bad, passed, lines = Pieces(task), Counter(), [], [], 0
     chosen: list[tuple[str, int, str]] = []  # part, copies, position of each text
     texts: list[str] = []
     characters = 0
@@ -118,6 +120,9 @@ def encode_unit(task: Encode) -> dict:
             continue
         if not document.text:
             counts["empty"] += bool(document.position)  # a blank line is no document
+            counts["passed"] += document.is_passed
+            if document.is_passed and len(passed) < NAMED:
+                passed.append(name_place(task.unit, document.member, 0, 0))
             continue
         data = document.text.encode()
         part, copies = choose(data, source, task.split)
@@ -138,7 +143,10 @@ def encode_unit(task: Encode) -> dict:
         encode_batch()
     pieces.flush()
     counts["bad"] = len(bad)
-    return {"blocks": pieces.blocks, "counts": dict(sorted(counts.items())), "lines": lines, "bad": bad}
+    return {
+        "blocks": pieces.blocks, "counts": dict(sorted(counts.items())), "lines": lines, "bad": bad,
+        "passed": passed,
+    }  # fmt: skip
 
 
 def refuse(task: Encode, member: str, line: int, problem: str, before: int) -> None:

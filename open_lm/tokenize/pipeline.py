@@ -12,7 +12,7 @@ from open_lm.tokenize.complete import BAD, HELD_OUT, INFO, MANIFEST, find_damage
 from open_lm.tokenize.counts import Vocabulary, count_sources, describe_part, name_bad, to_lines
 from open_lm.tokenize.engines import Engine, open_engine
 from open_lm.tokenize.folder import Folder
-from open_lm.tokenize.inputs import find_repeats
+from open_lm.tokenize.inputs import IN_TARS, find_repeats
 from open_lm.tokenize.lock import locked
 from open_lm.tokenize.mapping import BadDocument, Block, Encode
 from open_lm.tokenize.ownership import remove_partials, remove_work
@@ -123,6 +123,7 @@ class Run:
         )
         with open_engine(self.config.engine, self.config.processes, self.config.ray_address) as engine:
             encoded = self.encode(engine, vocabulary)
+            self.say_passed(encoded)
             self.check_enough(parts, encoded)
             packed = {part: self.pack(engine, part, encoded, rows) for part in parts}
             manifests = {part: self.write_shards(engine, part, *packed[part][:2], rows) for part in parts}
@@ -219,6 +220,16 @@ class Run:
             for i, unit in enumerate(self.plan.units)
         ]  # fmt: skip
         return self.run(engine, "tokenize", tasks, lambda task: task.unit.bytes, watch)
+
+    def say_passed(self, encoded: Sequence[dict]) -> None:
+        """Warns of members of tars that are not read."""
+        count = sum(result["counts"].get("passed", 0) for result in encoded)
+        if count:
+            named = [name for result in encoded for name in result.get("passed", ())][:SHOWN]
+            self.progress.say(
+                f"warning: --inputs: {count:,} members of its tars are passed over, as their endings are not those "
+                f"of documents ({', '.join(named)}{', …' if count > len(named) else ''}; known there: {IN_TARS})"
+            )
 
     def check_enough(self, parts: Sequence[str], encoded: Sequence[dict]) -> None:
         """ValueError: the training part fills no sequence. A held-out part that does not is said, and empty."""

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from open_lm.data.remote import is_local
 from open_lm.tokenize.folder import PARTIAL, Folder
 from open_lm.tokenize.inputs import File, Unit, divide, list_files
 from open_lm.tokenize.lock import OWNER
@@ -18,6 +20,7 @@ FORMAT = 2  # raise when the same plan gives other bytes
 PLAN = "plan.json"
 EXPANSION = 4  # text in a byte of compressed input, roughly: for the number of buckets only
 SHOWN = 10  # differences
+FILE = re.compile(r"inputs\[\d+\]\.files\[\d+\]")  # url, bytes, version
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,9 @@ def find_differences(there: Any, here: Any, place: str = "") -> Iterator[str]:
     if isinstance(there, dict) and isinstance(here, dict):
         for key in dict.fromkeys([*there, *here]):
             yield from find_differences(there.get(key), here.get(key), f"{place}.{key}" if place else key)
+    elif FILE.fullmatch(place) and there[:2] == here[:2] and there != here:
+        what = "modification time" if is_local(here[0]) else "version (its ETag, or its modification time)"
+        yield f"{here[0]}: its {what} changed, from {there[2]} to {here[2]}"
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for i, (a, b) in enumerate(zip(there, here, strict=True)):
             yield from find_differences(a, b, f"{place}[{i}]")

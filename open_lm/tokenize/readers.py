@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ class Document(NamedTuple):
     line: int
     text: str | None
     problem: str = ""
+    is_passed: bool = False
+    """It stands for a tar's member that is not read, as its name has no known ending."""
 
 
 class How(NamedTuple):
@@ -96,20 +99,24 @@ def decompress(stream: BinaryIO, compression: str) -> BinaryIO:
 def open_parquet(url: str, patience: Patience) -> Iterator[tuple[Any, Watched]]:
     """pyarrow's ParquetFile and what it reads from. ValueError names a file that is none; OSError: it cannot be
     read at all."""
+    with open_stream(url, patience) as stream:
+        watched = Watched(stream)
+        yield parse_parquet(watched, url), watched
+
+
+def parse_parquet(watched: Watched, name: str) -> Any:
+    """pyarrow's ParquetFile. ValueError: it is none."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise ImportError(f"{url}: {error} (pip install pyarrow)") from error
-    with open_stream(url, patience) as stream:
-        watched = Watched(stream)
-        try:
-            table = parquet.ParquetFile(watched)
-        except (pyarrow.ArrowException, OSError) as error:
-            if watched.error is not None:
-                raise watched.error from None
-            raise ValueError(f"{url}: cannot be read as parquet: {error}") from None
-        yield table, watched
+        raise ImportError(f"{name}: {error} (pip install pyarrow)") from error
+    try:
+        return parquet.ParquetFile(watched)
+    except (pyarrow.ArrowException, OSError) as error:
+        if watched.error is not None:
+            raise watched.error from None
+        raise ValueError(f"{name}: cannot be read as parquet: {error}") from None
 
 
 def read_unit(unit: Unit, how: How) -> Iterator[Document]:
@@ -205,16 +212,25 @@ def decode_text(data: bytes) -> tuple[str | None, str]:
 
 
 def read_tar(stream: BinaryIO, how: How, member: str, start: int, end: int | None) -> Iterator[Document]:
-    """The documents of every member with a known ending, in the tar's order; others are passed over."""
+    """The documents of every member with a known ending, in the tar's order. Others, but for hidden ones, are an
+    empty Document that says so."""
     tail = Tail(stream)
     try:
         with tarfile.open(fileobj=tail, mode="r|") as tar:  # pyright: ignore[reportArgumentType, reportCallIssue]
             for number, information in enumerate(tar):
-                kind = kind_of(information.name) if information.isreg() else None
-                if kind is None or kind.format not in ("jsonl", "txt"):
+                if not information.isreg():
+                    continue
+                kind = kind_of(information.name)
+                if kind is None or kind.format == "tar":
+                    if not posixpath.basename(information.name).startswith("."):
+                        yield Document("", information.name, 0, "", is_passed=True)
                     continue
                 content = tar.extractfile(information)
                 assert content is not None
+                if kind.format == "parquet":
+                    documents = read_parquet(content.read(), how, information.name)
+                    yield from (d._replace(position=f"{number}:{d.position}") for d in documents)
+                    continue
                 documents = READERS[kind.format](
                     decompress(content, kind.compression),
                     how,
@@ -234,26 +250,44 @@ def read_tar(stream: BinaryIO, how: How, member: str, start: int, end: int | Non
 def read_rows(unit: Unit, how: How) -> Iterator[Document]:
     """The rows of a parquet file's row groups."""
     with open_parquet(unit.file.url, how.patience) as (table, watched):
-        import pyarrow
+        yield from read_groups(table, watched, range(unit.start, unit.end or 0), how)
 
-        if how.text_key not in table.schema_arrow.names:
-            yield Document("", "", 0, None, f"no column {how.text_key!r} (--text-key)")
-            return
-        for group in range(unit.start, unit.end or 0):
-            row = 0
-            try:
-                for batch in table.iter_batches(256, row_groups=[group], columns=[how.text_key]):
-                    for value in batch.column(0):
-                        try:
-                            text, problem = check_text(value.as_py(), how.text_key)
-                        except UnicodeDecodeError as error:
-                            text, problem = None, f"not UTF-8: {error.reason} at byte {error.start}"
-                        yield Document(f"{group}/{row}", f"row group {group}, row {row}", 0, text, problem)
-                        row += 1
-            except (pyarrow.ArrowException, OSError) as error:
-                if watched.error is not None:
-                    raise watched.error from None
-                yield unreadable(f"row group {group}, row {row}", 0, error)
+
+def read_parquet(data: bytes, how: How, member: str) -> Iterator[Document]:
+    """The rows of a tar's parquet member, which is held in memory: a tar's stream cannot be read from its end."""
+    watched = Watched(io.BytesIO(data))
+    try:
+        table = parse_parquet(watched, member)
+    except ValueError as error:
+        yield Document("", member, 0, None, str(error).removeprefix(f"{member}: "))
+        return
+    yield from read_groups(table, watched, range(table.metadata.num_row_groups), how, f"{member}, ")
+
+
+def read_groups(
+    table: Any, watched: Watched, groups: range, how: How, prefix: str = ""
+) -> Iterator[Document]:
+    import pyarrow
+
+    if how.text_key not in table.schema_arrow.names:
+        yield Document("", prefix.removesuffix(", "), 0, None, f"no column {how.text_key!r} (--text-key)")
+        return
+    for group in groups:
+        row = 0
+        try:
+            for batch in table.iter_batches(256, row_groups=[group], columns=[how.text_key]):
+                for value in batch.column(0):
+                    try:
+                        text, problem = check_text(value.as_py(), how.text_key)
+                    except UnicodeDecodeError as error:
+                        text, problem = None, f"not UTF-8: {error.reason} at byte {error.start}"
+                    place = f"{prefix}row group {group}, row {row}"
+                    yield Document(f"{group}/{row}", place, 0, text, problem)
+                    row += 1
+        except (pyarrow.ArrowException, OSError) as error:
+            if watched.error is not None:
+                raise watched.error from None
+            yield unreadable(f"{prefix}row group {group}, row {row}", 0, error)
 
 
 Reader = Callable[[BinaryIO, How, str, int, int | None], Iterator[Document]]

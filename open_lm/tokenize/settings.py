@@ -19,7 +19,8 @@ class TokenizeConfig:
 
     inputs: tuple[str, ...]
     """One entry per source: a file, a folder, a glob, {00..99} braces, s3://BUCKET/PREFIX/; `::` joins several.
-    Files are .jsonl, .txt, .parquet, or .tar of the first two; all but parquet also with .gz or .zst."""
+    Files are .jsonl, .txt, .parquet, or .tar of these; all but parquet also with .gz or .zst. What a folder or a
+    tar holds beside them is passed over, and said."""
 
     output: str
     """Folder or s3:// URL for shard_*.tar, manifest.jsonl, info.json, tokenizer.json and held_out/."""

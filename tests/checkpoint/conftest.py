@@ -34,7 +34,8 @@ def write_checkpoint() -> Callable:
         parts = {key: ((0,) * tensor.ndim, tensor) for key, tensor in tensors.items()}
         content = {
             "epoch": 1, "name": "run", "step": step, "tokens": step, "labels": [label, *others] if label else [],
-            "model_config": {}, "weights": {"w": "w"}, "averages": {"ema_0.9_1": {"steps": step}}, "state": {},
+            "model_config": {}, "weights": {"w": "w"}, "averages": {"ema_0.9_1": {"steps": step}},
+            "state": {}, "world_size": 1,
         }  # fmt: skip
         name = "shard-00001-model-00001-of-00001.safetensors"
         entries = {name: state.write_shard(waiting / name, parts)}

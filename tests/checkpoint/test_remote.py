@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.checkpoint import files, state
-from open_lm.checkpoint.remote import RemoteFolder, bring_named, fetch, newest, signature
+from open_lm.checkpoint import files, recover, state
+from open_lm.checkpoint.bring import bring_named, fetch, newest
+from open_lm.checkpoint.remote import RemoteFolder, signature
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -200,13 +201,13 @@ def test_a_second_label_and_the_removal_of_one(tmp_path, write_checkpoint) -> No
     files.alias(folder / "epoch_2.pt", files.LATEST)
     assert step_in(tmp_path, "latest") == 20
     write_checkpoint(tmp_path, "10", 30)
-    assert files.latest(folder) == folder / "epoch_10.pt"
+    assert recover.latest(folder) == folder / "epoch_10.pt"
     files.delete(folder, "10")
-    assert files.latest(folder) == folder / "epoch_2.pt", "at the same step the number wins"
+    assert recover.latest(folder) == folder / "epoch_2.pt", "at the same step the number wins"
     files.delete(folder, "2")
     assert step_in(tmp_path, "latest") == 20, "the state stays as long as a file is of it"
     write_checkpoint(tmp_path, "latest", 25)
-    assert files.latest(folder) == folder / "epoch_latest.pt"
+    assert recover.latest(folder) == folder / "epoch_latest.pt"
     assert {p.name for p in folder.iterdir()} == {
         "results.jsonl", "epoch_2_mine.pt", "epoch_latest.pt", "ema_0.9_1_latest.pt", "step_25",
     }  # fmt: skip

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from open_lm.checkpoint import files, sync
-from open_lm.checkpoint.remote import RemoteFolder, newest
+from open_lm.checkpoint import files, recover, sync
+from open_lm.checkpoint.bring import newest
+from open_lm.checkpoint.remote import RemoteFolder
 from open_lm.checkpoint.sync import Sync, delete_before
 
 
@@ -272,7 +273,7 @@ def test_killed_anywhere_between_copy_and_deletion(tmp_path, write_checkpoint, k
         except kill_at.error:
             done = False
         kill_at.undo()
-        here = files.latest(run / "checkpoints")
+        here = recover.latest(run / "checkpoints")
         assert here is not None, count
         there = newest(RemoteFolder(remote.url), tmp_path / f"elsewhere_{count}", than=-1)
         assert there is not None, count

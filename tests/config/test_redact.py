@@ -19,11 +19,18 @@ SECRET = [
     "passphrase: hunter2", "https://hooks.slack.com/services/T0/B0/hunter2",
     "at //me:hunter2@store.example/x",
     "{'Authorization': 'Bearer hunter2'}", "sent Bearer abc.hunter2/x to it",
+    "https://u:p'hunter2@host/", 'https://u:p"hunter2@host/', "curl -u alice:hunter2 x",
+    "curl --user alice:hunter2",
+    "sshpass -p hunter2 ssh x", "mysql -phunter2 db", "mysqldump -h x -phunter2 db", "curl -H 'X-Auth: hunter2' x",
+    "Cookie: a=1; session=hunter2", "{'Set-Cookie': 'a=hunter2'}", "-H 'My-Name: a, hunter2'",
+    "ey" + "JhbGciOi.eyJzdWIi.hunter2", "https://discord.com/api/webhooks/1/hunter2",
+    "https://hooks.slack.com/workflows/T0/hunter2", "https://api.telegram.org/bot1234:hunter2/sendMessage",
+    "npm" + "_hunter2hunter2hunter2hunter2hunter2",
     "s3://KEY:hunt/hunter2@bucket/a", "https://me:p@hunter2@store.example/x", "https://me@x.org:hunter2@store/x",
 ]  # fmt: skip
 PLAIN = [
     "step 5 | tokens 640 | loss 3.2", "tokens: 640", "token id: 50256", "the tokenizer: tokenizer.json",
-    "s3://bucket/a{00..99}.tar", "pipe:aws s3 cp s3://b/x -", "https://store.example/x", "{'train/tokens': 640}",
+    "s3://bucket/a{00..99}.tar", "the pipe: closed", "https://store.example/x", "{'train/tokens': 640}",
     "token 16: the model's", "moe_num_experts: 8", "http://127.0.0.1:8080/a@b.tar", "s3://bucket/a:b/c@d.tar",
     "the bearer instruments", "pass: 3",
 ]  # fmt: skip
@@ -37,6 +44,43 @@ def test_secrets_go(text: str) -> None:
 @pytest.mark.parametrize("text", PLAIN)
 def test_the_rest_stays(text: str) -> None:
     assert redact(text) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("pipe:curl -s -u alice:hunter2x file:///a/shard_0.tar", "pipe:curl … shard_0.tar ["),
+        ("pipe: curl hunter2", "pipe:curl … ["),
+        ("--train-data=pipe:curl \n hunter2", "--train-data=pipe:curl … ["),
+        ("pipe:KEY=hunter2 B='hunter2 x' /bin/aws s3 cp s3://b/a{0..9}.tar?hunter2", "pipe:aws … a{0..9}.tar ["),
+        ("pipe:A=$(echo hunter2 x) curl", "pipe:… ["), ("pipe:cat -u alice:hunter2.tar", "pipe:cat … ["),
+        ("pipe:sshpass -phunter2.tar ssh x cat /a/m.jsonl | cat", "pipe:sshpass … m.jsonl ["),
+        ("pipe:curl https://u:p/hunter2.tar@host/x", "pipe:curl … ["),
+        ("reading pipe:curl -u a:hunter2\nand", "reading pipe:curl …\nand"),
+        ("s3://b/x.tar::pipe:curl \\\n -u a:hunter2", "s3://b/x.tar::pipe:curl …"),
+    ],
+)  # fmt: skip
+def test_no_argument_of_a_command_is_shown(text: str, shown: str) -> None:
+    clean = redact(text)
+    assert clean.startswith(shown)
+    assert "hunter2" not in clean
+    assert redact(clean) == clean
+    assert redact(f"shard {clean}: sample 3") == f"shard {clean}: sample 3", "what follows its name stays"
+
+
+def test_commands_are_told_apart() -> None:
+    assert redact("pipe:cat a.tar") == redact("pipe:cat a.tar") != redact("pipe:cat  a.tar")
+
+
+def test_short_values_of_passwords(monkeypatch) -> None:
+    assert environment_secrets({"DB_PASSWORD": "hunt3r"})
+    for name, value in (
+        ("DB_PASSWORD", "h3x"),
+        ("DB_PASSWORD", "tokens"),
+        ("MY_KEY", "hunt3r"),
+        ("DB_PWD", "123456"),
+    ):
+        assert environment_secrets({name: value}) == [], "a word that other text may hold"
 
 
 def test_values_of_the_environment(monkeypatch) -> None:
@@ -69,7 +113,9 @@ def test_a_password_of_digits_goes() -> None:
         ("AZURE_STORAGE_KEY", "Zm9vYmFy0123=="), ("MYSQL_PWD", "checkpoints"), ("HF_TOKEN", "hf_AbCdEf123"),
         ("TOKEN_2", "q9w8e7r6t5"), ("GHTOKEN", "q9w8e7r6t5"),
         ("AZURE_STORAGE_CONNECTION_STRING", "a=b;AccountKey=c"),
-        ("DB_PASSWORD", "1234567890"),
+        ("DB_PASSWORD", "1234567890"), ("SOME_AUTH", "alice:hunter22x"), ("MYAUTH", "q9w8e7r6t5"),
+        ("WANDB_KEY_PART", "q9w8e7r6t5"), ("SSH_PRIVKEY", "q9w8e7r6t5"), ("VAULT_TOKENS", "q9w8e7r6t5"),
+        ("COOKIE", "session=1"), ("SMTP_AUTH_VALUE", "q9w8e7r6t5"),
     ],
 )  # fmt: skip
 def test_secret_variables(name: str, value: str) -> None:
@@ -83,7 +129,8 @@ def test_secret_variables(name: str, value: str) -> None:
         ("EOS_TOKEN_ID", "a1b2c3d4e5"), ("RUN_TOKEN", "checkpoints"), ("SORT_KEY", "manifest.jsonl"),
         ("MAX_TOKEN", "1000000000"), ("MONKEY", "a1b2c3d4e5"), ("TOKENIZERS_PARALLELISM", "falsefalse"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/home/me/key.json"), ("PWD", "/a1B2/c3D4e5"),
-        ("KEY_FILE", "a1b2c3d4.pem"),
+        ("KEY_FILE", "a1b2c3d4.pem"), ("GIT_AUTHOR", "a1b2c3d4e5"), ("SSH_AUTH_SOCK", "a1b2c3d4/agent.1"),
+        ("SORT_KEY_NAME", "a1b2c3d4e5"), ("MONKEYS", "a1b2c3d4e5"), ("USE_AUTH", "required"),
     ],
 )  # fmt: skip
 def test_harmless_variables(name: str, value: str) -> None:

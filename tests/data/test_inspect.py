@@ -2,11 +2,13 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+from dataclasses import replace
 
 import boto3
 import numpy as np
@@ -15,7 +17,8 @@ import pytest
 from open_lm.data.index import IndexConfig, write_manifest
 from open_lm.data.inspect import InspectConfig, inspect, verify_shard
 from open_lm.data.manifest import read_manifest
-from open_lm.data.remote import Cache, open_file
+from open_lm.data.remote import Cache, Patience, find_remote, open_file
+from open_lm.tokenize.inputs import list_files
 from open_lm.tokenize.shard_writer import write_shards
 
 
@@ -156,7 +159,7 @@ def test_damage_is_an_exit_status(folder, tmp_path):
     assert done.returncode == 1
     first, second, third = done.stderr.splitlines()
     assert f"{folder}/shard_00000001.tar" in first
-    assert f"{folder}/shard_00000001.tar: sample 00000001_00000000.u16: the digest of what came" in second
+    assert f"{folder}/shard_00000001.tar: sample 00000001_00000000.u16: the digest of its bytes" in second
     assert "none.jsonl: no such file" in third
     assert run("inspect", manifests[0], "--verify", "--processes", 1).returncode == 0
 
@@ -252,3 +255,120 @@ def test_what_is_no_tokenizer_is_said(folder, tmp_path, content):
         inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/odd.json"))
     with pytest.raises(FileNotFoundError, match=r"none\.json: no such file"):
         inspect(InspectConfig((f"{folder}/manifest.jsonl",), tokenizer=f"{tmp_path}/none.json"))
+
+
+@pytest.mark.parametrize("where", [1024 * 3 + 130, 1024 * 3 + 3])
+def test_a_damaged_header_loses_no_row_in_an_index(folder, where):
+    """Of a size, and of a name."""
+    flip(folder / "shard_00000000.tar", where)
+    with pytest.raises(
+        ValueError, match=r"shard_00000000\.tar: cannot be read as a tar: the header at byte 3,072 is"
+    ):
+        write_manifest(IndexConfig((f"{folder}/*.tar",), overwrite=True, processes=1))
+
+
+def test_rows_with_digests_that_are_not_alike_are_not_indexed(folder, tmp_path):
+    ours = (folder / "shard_00000000.tar").read_bytes()
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        member = tarfile.TarInfo("other.u16")
+        member.size = 2000
+        tar.addfile(member, io.BytesIO(bytes(2000)))
+    (tmp_path / "mixed.tar").write_bytes((tmp_path / "other.tar").read_bytes()[:2560] + ours)
+    with pytest.raises(ValueError, match=r"mixed\.tar: the row at byte 3,072, of 10 bytes, carries a digest"):
+        write_manifest(IndexConfig((f"{tmp_path}/mixed.tar",), processes=1))
+
+
+def without(folder, *fields):
+    path = folder / "manifest.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text(
+        "".join(json.dumps({k: v for k, v in line.items() if k not in fields}) + "\n" for line in lines)
+    )
+
+
+@pytest.mark.parametrize(
+    "offset", [512 + 1024 * 7, 1024 * 7 + 3, 1024 * 7 + 300], ids=["row", "name", "gname"]
+)
+def test_digests_that_the_manifest_does_not_repeat_are_compared(folder, offset):
+    without(folder, "row_digests", "sha256")
+    assert inspect(InspectConfig((f"{folder}/manifest.jsonl",), verify=True, processes=1)) == []
+    flip(folder / "shard_00000001.tar", offset)
+    damages = inspect(InspectConfig((f"{folder}/manifest.jsonl",), verify=True, processes=1))
+    assert any(
+        "shard_00000001.tar: sample" in damage and ("digest" in damage or "header" in damage)
+        for damage in damages
+    )
+
+
+def test_rows_of_several_shards_are_compared_with_their_own_digests(folder, tmp_path):
+    two = [(folder / f"shard_0000000{i}.tar").read_bytes() for i in range(2)]
+    (tmp_path / "both.tar").write_bytes(two[0][: 1024 * 40] + two[1])
+    write_manifest(IndexConfig((f"{tmp_path}/both.tar",), processes=1))
+    without(tmp_path, "sha256")
+    config = InspectConfig((f"{tmp_path}/manifest.jsonl",), verify=True, processes=1)
+    assert inspect(config) == []
+    flip(tmp_path / "both.tar", 512 + 1024 * 47)
+    (damage,) = inspect(config)
+    assert damage.endswith(
+        "both.tar: sample 00000001_00000007.u16: the digest of its bytes is not the one in its header"
+    )
+
+
+def test_sizes_of_local_shards_are_compared_without_verify(folder, capsys):
+    config = InspectConfig((f"{folder}/manifest.jsonl",))
+    assert inspect(config) == []
+    os.truncate(folder / "shard_00000001.tar", 9000)
+    (damage,) = inspect(config)
+    assert re.fullmatch(
+        r"shard .*shard_00000001\.tar: the manifest says [\d,]+ bytes, the tar has 9,000", damage
+    )
+    (folder / "shard_00000001.tar").unlink()
+    (damage,) = inspect(config)
+    assert damage.endswith("shard_00000001.tar: No such file or directory")
+
+
+def test_an_index_tries_again(faults, bucket, folder, tmp_path, monkeypatch):
+    (folder / "manifest.jsonl").unlink()
+    bucket(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    faults.add("manifest.jsonl", "503", method="HEAD")
+    faults.add("manifest.jsonl", "503", method="PUT")
+    config = IndexConfig(("s3://bucket/shard_0000000{0..1}.tar",), processes=1)
+    assert [line["num_sequences"] for line in write_manifest(config)] == [40, 20]
+    faults.add("manifest.jsonl", "403", method="PUT")
+    with pytest.raises(
+        PermissionError, match=r"s3://bucket/manifest\.jsonl: cannot be written, access is denied"
+    ):
+        write_manifest(replace(config, overwrite=True))
+    faults.add("manifest.jsonl", *["503"] * 3, method="PUT")
+    with pytest.raises(OSError, match=r"writing it failed 2 times .*--data-retries 1"):
+        write_manifest(replace(config, overwrite=True, data_retries=1))
+
+
+def test_a_denied_info_json_is_none(faults, bucket, folder, tmp_path, monkeypatch, capsys):
+    bucket(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for verify in (False, True):
+        faults.add("info.json", "403", "403")
+        assert inspect(InspectConfig(("s3://bucket/manifest.jsonl",), verify=verify, processes=1)) == []
+        assert "60 sequences in 2 shards" in capsys.readouterr().out
+
+
+def test_names_with_colons(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    os.rename("shard_00000001.tar", "shard::1.tar")
+    assert len(write_manifest(IndexConfig(("shard::1.tar",), processes=1, output="a::b.jsonl"))) == 1
+    assert inspect(InspectConfig(("a::b.jsonl",))) == []
+    for act in (
+        lambda: write_manifest(IndexConfig(("shard::2.tar",))),
+        lambda: inspect(InspectConfig(("c::d.jsonl",))),
+        lambda: list_files("c::d.jsonl", 0, Patience()),
+    ):
+        with pytest.raises(FileNotFoundError, match=r"no such file.*`:\[:\]`"):
+            act()
+
+
+@pytest.mark.parametrize("url", ["s3://bkt", "s3://bkt/", "s3://"])
+def test_a_bucket_is_no_object(url):
+    with pytest.raises(OSError, match=f"^{url}: no object is named"):
+        find_remote(url, Patience(0))

@@ -1,18 +1,28 @@
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
+from open_lm import log as log_module
 from open_lm.config import DataConfig
+from open_lm.data.batches import load
 from open_lm.data.loader import TrainData, ValData
+from open_lm.data.masks import NO_MASKS
+from open_lm.data.reader import Rows
+from open_lm.data.retry import Stopped
+from open_lm.log import Log
 
 SEQ_LEN, VOCAB = 4, 1000
 
@@ -332,3 +342,39 @@ def test_a_folder_is_no_manifest(two_sources, tmp_path):
         IsADirectoryError, match=r"/a is a folder: name its manifest, e\.g\. .*/a/manifest\.jsonl"
     ):
         train_data(two_sources, dataset_manifest=(f"{tmp_path}/a",), train_data_mix_weights=None)
+
+
+class Warner:
+    def __getitem__(self, number):
+        logging.getLogger("open_lm.data.retry").warning("s3://me:secret@bucket/%d: reading it failed", number)
+        return Rows(np.zeros((1, 3), np.uint16), np.ones(1, bool))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_what_workers_warn_of_is_once_on_the_console_and_once_in_the_log(
+    tmp_path, capfd, monkeypatch, workers, terminal
+):
+    monkeypatch.setattr(
+        log_module, "Console", lambda: Console(force_terminal=terminal, width=200, no_color=True)
+    )
+    log = Log(tmp_path, rank=0)
+    try:
+        list(load(Warner(), range(3), workers, NO_MASKS))
+    finally:
+        log.close()
+        logging.getLogger("open_lm").propagate = True
+    printed = capfd.readouterr()
+    for number in range(3):
+        line = f"{number}: reading it failed"
+        assert (printed.out + printed.err).count(line) == 1
+        assert (tmp_path / "out.log").read_text().count(line) == 1
+    assert "secret" not in printed.out + printed.err + (tmp_path / "out.log").read_text()
+
+
+def test_the_search_for_sources_ends_when_the_run_is_to_stop(write_shard, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    config = DataConfig(train_data=(write_shard(tmp_path / "a.tar", [[1] * 5]),), workers=0)
+    with pytest.raises(Stopped, match=r"a\.tar: the count of its sequences was stopped"):
+        TrainData(config, 4, 10, 0, 1, 1, 0, stop=stop)

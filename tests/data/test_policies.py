@@ -115,14 +115,14 @@ def test_ranks_end_together(spawn, with_short_samples, tmp_path):
 
 def test_changed_data_go_on_with_the_flag_and_a_warning(with_short_samples, tmp_path, capsys):
     train(with_short_samples, tmp_path, "--max-steps 5")
-    with_short_samples.write_text(with_short_samples.read_text() + "\n")
+    with_short_samples.write_text(with_short_samples.read_text().replace("}", ', "x": 1}'))
     with pytest.raises(SystemExit):
         train(with_short_samples, tmp_path, "--resume latest --max-steps 6 --global-batch-size 4")
     message = capsys.readouterr().err
     train(with_short_samples, tmp_path, "--resume latest --max-steps 6 --seed 5 --resume-changed")
     for text in (message, (tmp_path / "run/out.log").read_text()):
         assert "source 0 (" in text
-        assert "has grown at its end" in text
+        assert "the first shard that differs is number 0" in text
     assert "--global-batch-size: 8 there, 4 here" in message
     assert "--seed: 0 there, 5 here" in (tmp_path / "run/out.log").read_text()
 

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 
@@ -167,16 +168,21 @@ def test_errors_are_those_of_whole_shards(s3, there, tmp_path, method):
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-def test_a_shard_that_vanishes_is_looked_for_again(s3, there, tmp_path, method, caplog):
-    s3.add("shard_00000002.tar", "404", "404", method=method)
-    rows = read_row(make_data(MANIFEST, make_cache(tmp_path)))
-    local = read_row(make_data(there / "manifest.jsonl", None))
-    np.testing.assert_array_equal(rows.tokens_BL, local.tokens_BL)
-    assert "it is looked for again" in caplog.text
-    s3.add("shard_00000002.tar", *["404"] * 9, method=method)
-    other = Cache(tmp_path / "other", patience=Patience(3, 10, first_wait_seconds=0.001))
+def test_a_shard_that_is_not_there_is_said_at_once(s3, there, tmp_path, method):
+    s3.add("shard_00000002.tar", "404", method=method)
     with pytest.raises(FileNotFoundError, match=r"^s3://bucket/shard_00000002\.tar: no such file"):
-        read_row(make_data(MANIFEST, other))
+        read_row(make_data(MANIFEST, make_cache(tmp_path)))
+    assert len(s3.asked("shard_00000002.tar", method)) == 1
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_whole_shard_that_is_not_there_is_said_at_once(s3, there, tmp_path, method):
+    drop(there, "row_digests")
+    boto3.client("s3").upload_file(str(there / "manifest.jsonl"), "bucket", "manifest.jsonl")
+    s3.add("shard_00000002.tar", "404", method=method)
+    with pytest.raises(FileNotFoundError, match=r"^s3://bucket/shard_00000002\.tar: no such file"):
+        read_row(make_data(MANIFEST, make_cache(tmp_path)))
+    assert len(s3.asked("shard_00000002.tar", method)) == 1
 
 
 def drop(there, field: str) -> None:

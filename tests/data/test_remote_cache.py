@@ -1,6 +1,7 @@
 """The cache: bounded, shared by processes that race, clean after those that die."""
 
 import errno
+import hashlib
 import multiprocessing
 import os
 import signal
@@ -15,6 +16,7 @@ from open_lm.data.loader import warn_of_small_cache
 from open_lm.data.manifest import Shard, Source
 from open_lm.data.remote import Cache, Patience, open_file
 
+HUNDRED = cache_module.Expected(100)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -83,9 +85,9 @@ def test_processes_read_right_while_others_evict(tmp_path):
 def test_room_is_made_before_a_file_of_known_size(tmp_path):
     cache = Cache(tmp_path, limit_bytes=250)
     for name in ("a", "b"):
-        os.close(cache_module.open_or_write(cache, name, name, lambda file: file.write(b"x" * 100), 100))
+        os.close(cache_module.open_or_write(cache, name, name, lambda file: file.write(b"x" * 100), HUNDRED))
     met = []
-    os.close(cache_module.open_or_write(cache, "c", "c", lambda file: met.append(sum(sizes(cache))), 100))
+    os.close(cache_module.open_or_write(cache, "c", "c", lambda file: met.append(sum(sizes(cache))), HUNDRED))
     assert met == [100]
 
 
@@ -169,3 +171,96 @@ def test_a_cache_smaller_than_what_is_read_at_a_time_is_said(caplog):
     assert not caplog.records
     warn_of_small_cache(sources, Cache(limit_bytes=63 * 2**20))
     assert "up to 0.0625 GiB of remote shards are read at a time (64 of a source)" in caplog.text
+
+
+def cached(cache: Cache) -> Path:
+    (path,) = cache.folder.glob("*.tar")
+    return path
+
+
+def keep_times(path: Path, change) -> None:
+    """As of blocks that a crash of the host, or the disk, lost."""
+    stat = path.stat()
+    change(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("knows", [True, False])
+@pytest.mark.parametrize("length", [0, 40])
+def test_a_cached_file_that_became_shorter_is_fetched_again(tmp_path, caplog, knows, length):
+    cache, log = Cache(tmp_path / "cache"), tmp_path / "log"
+    url = f"pipe:echo x >> {log}; printf %0100d 7"
+    expected = (100, hashlib.sha256(b"7".zfill(100)).hexdigest()) if knows else ()
+    os.close(open_file(url, cache, *expected))
+    keep_times(cached(cache), lambda path: os.truncate(path, length))
+    fd = open_file(url, cache, *expected)
+    assert os.read(fd, 200) == b"7".zfill(100)
+    os.close(fd)
+    assert log.read_text() == "x\nx\n"
+    assert f"its copy in the shard cache, {cached(cache)}, is damaged: it has {length} bytes" in caplog.text
+    os.close(open_file(url, cache, *expected))
+    assert log.read_text() == "x\nx\n"
+
+
+@pytest.mark.parametrize("noticed_by", ["time", "restart"])
+def test_a_cached_file_with_other_bytes_is_fetched_again(tmp_path, caplog, monkeypatch, noticed_by):
+    cache, log = Cache(tmp_path / "cache"), tmp_path / "log"
+    url, sha256 = f"pipe:echo x >> {log}; printf %0100d 7", hashlib.sha256(b"7".zfill(100)).hexdigest()
+    os.close(open_file(url, cache, 100, sha256))
+    path = cached(cache)
+    if noticed_by == "restart":
+        keep_times(path, lambda path: path.write_bytes(bytes(100)))
+        monkeypatch.setattr(cache_module, "boot_identity", lambda: "another")
+    else:
+        path.write_bytes(bytes(100))
+    fd = open_file(url, cache, 100, sha256)
+    assert os.read(fd, 200) == b"7".zfill(100)
+    os.close(fd)
+    assert log.read_text() == "x\nx\n"
+    assert f"{path}, is damaged: its sha256 is" in caplog.text
+
+
+def test_a_whole_file_is_verified_once_of_a_start_of_the_host(tmp_path, monkeypatch):
+    cache, sha256 = Cache(tmp_path / "cache"), hashlib.sha256(b"7").hexdigest()
+    os.close(open_file("pipe:printf 7", cache, 1, sha256))
+    read = []
+    check = cache_module.check_cached
+    monkeypatch.setattr(cache_module, "check_cached", lambda *known: read.append(check(*known)))
+    os.close(open_file("pipe:printf 7", cache, 1, sha256))
+    assert read == []
+    for boot in ("another", "third"):
+        monkeypatch.setattr(cache_module, "boot_identity", lambda boot=boot: boot)
+        os.close(open_file("pipe:exit 1", cache, 1, sha256))
+        os.close(open_file("pipe:exit 1", cache, 1, sha256))
+    assert len(read) == 2
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    cache, synced, fsync = Cache(tmp_path / "cache"), [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: synced.append((os.fstat(fd).st_size, sizes(cache))) or fsync(fd)
+    )
+    os.close(open_file("pipe:printf 7", cache))
+    assert synced == [(1, [])]
+
+
+def test_the_proof_goes_with_its_file(tmp_path):
+    cache = Cache(tmp_path / "cache", limit_bytes=150)
+    for number in range(3):
+        os.close(open_file(f"pipe:printf %0100d {number}", cache))
+    assert [path.stem for path in cache.folder.glob("*.proof")] == [cached(cache).stem]
+    cache_module.remove(cached(cache))
+    os.close(open_file("pipe:printf 7", Cache(cache.folder, limit_bytes=0)))
+    assert not list(cache.folder.glob("*.proof"))
+
+
+def test_a_folder_that_is_none_is_said_with_its_flag(tmp_path):
+    from open_lm.config import DataConfig
+
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "in it", "/proc/none"):
+        with pytest.raises(ValueError, match=f"^--data-cache {folder}: no file can be written there"):
+            cache_module.check_folder(DataConfig(data_cache=str(folder)))
+    cache_module.check_folder(DataConfig(data_cache=str(tmp_path / "new")))
+    assert list((tmp_path / "new").iterdir()) == []
+    cache_module.check_folder(DataConfig())

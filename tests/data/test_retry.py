@@ -106,5 +106,5 @@ def test_no_secret_is_shown(text):
 
 
 def test_what_is_no_secret_stays():
-    for text in ("s3://bucket/folder/shard_00000001.tar", "pipe:aws s3 cp s3://b/a.tar -", "/data/a.tar"):
+    for text in ("s3://bucket/folder/shard_00000001.tar", "/data/a.tar"):
         assert redact(text) == text

@@ -3,13 +3,18 @@ import io
 import json
 import mmap
 import os
+import signal
 import tarfile
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import webdataset
 
 from open_lm.data import shards
+from open_lm.data.binary import UnreadableSample
+from open_lm.data.retry import Stopped
 from open_lm.data.shards import find_source, index_tar, list_members, open_shard, scan_members
 
 SAMPLES = [[1, 2, 3], [], list(range(2049)), [50431] * 5]
@@ -74,7 +79,7 @@ def test_the_fast_index_is_that_of_the_standard_library(tmp_path, write, is_plai
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         found, end = scan_members(data)
         if is_plain:
-            assert (found, end) == list_members(file.fileno())
+            assert (found, end) == list_members(file.fileno(), path.stat().st_size)
         else:
             assert found is None
         index = index_tar(file.fileno(), str(path), "json")
@@ -170,3 +175,81 @@ def test_sources_of_tars_are_counted(write_shard, tmp_path, cache, caplog):
         find_source(f"{tmp_path}/s_{{2..3}}.tar", "json", cache)
     with pytest.raises(ValueError, match="names no shard"):
         find_source("::", "json", cache)
+
+
+def put(header: bytes, **fields: bytes) -> bytes:
+    """A header with other fields, and the checksum that it then has."""
+    places = {"size": 124, "magic": 257}
+    changed = bytearray(header)
+    for name, value in fields.items():
+        changed[places[name] : places[name] + len(value)] = value
+    changed[148:156] = b"%06o\0 " % (sum(changed) - sum(changed[148:156]) + 8 * 32)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("tar_format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_flipped_bit_of_any_size_loses_no_row(tmp_path, cache, tar_format):
+    """In a digit of the second of three sizes: the third would not be met."""
+    write_tar(tmp_path / "a.tar", tar_format, PLAIN if tar_format == tarfile.USTAR_FORMAT else PLAIN + ODD)
+    whole = (tmp_path / "a.tar").read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        offsets = [member.offset_data - 512 for member in tar if member.isreg()]
+    for offset in (offsets[1], offsets[7], offsets[-1]):
+        of_two = offset == offsets[-1] and tar_format == tarfile.GNU_FORMAT  # a long name has one before
+        where = r"[\d,]+" if of_two else f"{offset:,}"
+        for digit in range(127, 135):
+            damaged = bytearray(whole)
+            damaged[offset + digit] ^= 1
+            (tmp_path / "b.tar").write_bytes(damaged)
+            for expected in (None, 20):
+                with pytest.raises(
+                    ValueError, match=rf"b\.tar: cannot be read as a tar: the header at byte {where} is"
+                ):
+                    open_shard(str(tmp_path / "b.tar"), "json", cache, num_sequences=expected)
+
+
+def test_the_part_before_a_damaged_header_is_read_where_bad_samples_are_ignored(write_shard, tmp_path, cache):
+    path = write_shard(tmp_path / "a.tar", [[1], [2], [3]], "json")
+    damaged = bytearray((tmp_path / "a.tar").read_bytes())
+    damaged[2 * 1024 + 130] ^= 1
+    (tmp_path / "a.tar").write_bytes(damaged)
+    reader = open_shard(path, "json", cache, num_sequences=3, cut_short=True)
+    assert [reader[i].tolist() for i in range(2)] == [[1], [2]]
+    with pytest.raises(UnreadableSample, match="sample number 2"):
+        reader[2]
+    reader.close()
+
+
+SIZES = {
+    "negative": b"-0000001000\0", "letters": b"00000zz0000\0",
+    "negative base 256": b"\xff" * 10 + b"\xfc\x00", "huge base 256": b"\x80" + b"\x7f" * 11,
+    "blank": b"            ", "underscore": b"0000_002000\0", "plus": b"+0000002000\0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("magic", [b"ustar\x0000", b"ustar  \0", b"\0" * 8])
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L", b"g", b"5"])
+def test_no_size_is_an_endless_tar(write_shard, tmp_path, cache, size, magic, kind):
+    path = write_shard(tmp_path / "a.tar", [[1], [2], [3]], "json")
+    whole = bytearray((tmp_path / "a.tar").read_bytes())
+    whole[1024 + 156 : 1024 + 157] = kind
+    whole[1024:1536] = put(bytes(whole[1024:1536]), size=size, magic=magic)
+    (tmp_path / "a.tar").write_bytes(whole)
+    signal.alarm(5)
+    try:
+        with pytest.raises(ValueError, match=r"a\.tar: "):
+            open_shard(path, "json", cache)
+    finally:
+        signal.alarm(0)
+
+
+def test_counting_ends_when_it_is_no_longer_wanted(write_shard, tmp_path, cache):
+    stop = threading.Event()
+    cache = replace(cache, patience=replace(cache.patience, stop=stop))
+    for number in range(2):
+        write_shard(tmp_path / f"{number}.tar", SAMPLES)
+    assert find_source(f"{tmp_path}/{{0..1}}.tar", "json", cache).sequences == 8
+    stop.set()
+    with pytest.raises(Stopped, match="count of its sequences was stopped, after 0 shards"):
+        find_source(f"{tmp_path}/{{0..1}}.tar", "json", cache)

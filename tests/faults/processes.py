@@ -269,12 +269,22 @@ def secrets(folder: Path, quick: bool) -> str:
 
 
 def restart(folder: Path, quick: bool) -> str:
-    """torchrun --max-restarts: a run of the default name goes on by itself."""
+    """torchrun --max-restarts: a run of the default name goes on by itself, also where one of two agents, as on two
+    nodes, has no failure of its own to count."""
     flags = f"{source(folder)} --workers 1 {MOE} {steps(5, 30)}"
     whole = folder / "whole"
     run(whole, flags, ranks=2)
-    place = folder / "killed"
-    ranks = Ranks(place, f"{flags} --name ''", ranks=2, torchrun="--max-restarts 3", faults="slow:0.05")
+    if quick:
+        return restarted(folder / "agents", whole, flags, agents=2, kills=1)
+    one = restarted(folder / "killed", whole, flags, kills=1)
+    return f"{one}; two agents: {restarted(folder / 'agents', whole, flags, agents=2, kills=3)}"
+
+
+def restarted(place: Path, whole: Path, flags: str, *, agents: int = 1, kills: int) -> str:
+    """What came of a run under torchrun in which the last rank is killed, then the first, and so on."""
+    ranks = Ranks(
+        place, f"{flags} --name ''", ranks=2, torchrun="--max-restarts 3", agents=agents, faults="slow:0.1"
+    )
 
     def folder_of_run() -> Path | None:
         found = [p.parent for p in place.glob("*/log.jsonl")]
@@ -282,19 +292,28 @@ def restart(folder: Path, quick: bool) -> str:
 
     name = ranks.until(folder_of_run)
     (place / "run").symlink_to(name)
-    ranks.until_step(8)
-    children = subprocess.run(
-        ["pgrep", "-P", str(ranks.processes[0].pid)], capture_output=True, text=True, check=True
-    )
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    ranks.ends(0)
+    begun = []
+    for kill in range(kills):
+        ranks.until_step(8 + 6 * kill)
+        pids = [
+            int(pid)
+            for agent in ranks.processes
+            for pid in subprocess.run(
+                ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=True
+            ).stdout.split()
+        ]
+        os.kill(pids[0 if kill % 2 else -1], signal.SIGKILL)
+        again = f"torchrun has started the ranks again ({kill + 1})"
+        ranks.until(lambda again=again: "resumed " in ranks.text().partition(again)[2])
+        begun.append(resumed_step(ranks))
+    ranks.ends(*[0] * agents)
     assert [p.parent for p in place.glob("*/log.jsonl") if not p.parent.is_symlink()] == [name]
-    assert "torchrun has started the ranks again (1)" in ranks.text(), ranks.text()
-    assert resumed_step(ranks) in (5, 10), ranks.text()
+    assert all(at <= 8 + 6 * kill + 5 for kill, at in enumerate(begun)), (begun, ranks.text())
+    assert begun[0] in (5, 10), ranks.text()
     assert last_step(place) == 30
     assert hash_of(newest_epoch(place)) == hash_of(newest_epoch(whole))
     assert losses(place) == losses(whole)
-    return f"killed after step 8, went on from {resumed_step(ranks)}, the same weights"
+    return f"{kills} of the ranks killed, went on from {begun}, the same weights"
 
 
 assert STEP_TOKENS

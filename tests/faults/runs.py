@@ -64,9 +64,10 @@ class Ranks:
         ranks: int = 1,
         faults: str = "",
         torchrun: str | None = None,
+        agents: int = 1,
         environment: dict[str, str] | None = None,
     ) -> None:
-        """`faults`: of inject.py. `torchrun`: its flags; None: without it."""
+        """`faults`: of inject.py. `torchrun`: its flags; None: without it. `agents`: as on so many nodes."""
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         module = "tests.faults.inject" if faults else "open_lm.main"
@@ -81,9 +82,11 @@ class Ranks:
         port = free_port()
         with open(self.output, "w") as output:
             if torchrun is not None:
-                command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-                command += [str(ranks), *shlex.split(torchrun), "-m", "--", module, *arguments]
-                commands = [(command, {})]
+                nodes = f"--nnodes {agents} --rdzv-backend c10d --rdzv-endpoint localhost:{port} --rdzv-id {folder}"
+                where = ["--standalone"] if agents == 1 else nodes.split()
+                command = [sys.executable, "-m", "torch.distributed.run", *where, "--nproc-per-node"]
+                command += [str(ranks // agents), *shlex.split(torchrun), "-m", "--", module, *arguments]
+                commands = [(command, {})] * agents
             else:
                 commands = [
                     (

@@ -25,7 +25,7 @@ RUN = "--model open_lm_test_tiny --precision fp32 --global-batch-size 8 --train-
     "line",
     [
         "--fsdp --no-fsdp-amp --lr 1e-5 --wd=0.1 --seed 007 --name 1e5 --report-to= --wandb-notes='-x: #é'",
-        "--dataset-manifest 'pipe:cat a b' s3://x/{0..3}/m.jsonl --train-data-mix-weights .725 .275",
+        "--dataset-manifest '/a b/m.jsonl' s3://x/{0..3}/m.jsonl --train-data-mix-weights .725 .275",
         "--name null --grad-clip-norm None --moe_num_experts 8 --moe-freq 2 --z-loss-coefficient 1e-4",
         "--val-data yes no 1 --epochs-cooldown 3 --debug",
     ],

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from open_lm.config.distributed import DistributedConfig
-from open_lm.parallel import mesh
+from open_lm.parallel import meeting, mesh
 from open_lm.parallel.launch import Ranks
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -139,7 +139,7 @@ def test_ranks_that_do_not_meet_end_with_a_message(monkeypatch, tmp_path, where,
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2"}
     for name, value in (environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(mesh, "JOIN_SECONDS", 1)
+    monkeypatch.setattr(meeting, "JOIN_SECONDS", 1)
     expected = f"MASTER_PORT={port}" if where == "env" else url
     with pytest.raises(ConnectionError, match=f"the 2 ranks did not meet at .*{expected}: is that"):
         mesh.start(DistributedConfig(dist_url=url))
@@ -167,6 +167,5 @@ def test_devices_of_ranks(monkeypatch):
 
 def test_offload_over_gloo_on_a_gpu_is_refused():
     config = DistributedConfig(fsdp=True, fsdp_cpu_offload=True, dist_backend="gloo")
-    ranks = Ranks(rank=0, local_rank=0, world_size=1, local_world_size=1)
     with pytest.raises(ValueError, match="--fsdp-cpu-offload with --dist-backend gloo"):
-        mesh._init_group(config, ranks, torch.device("cuda"))
+        mesh._backend(config, torch.device("cuda"))

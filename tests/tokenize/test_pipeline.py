@@ -1,8 +1,10 @@
 import errno
+import io
 import itertools
 import json
 import os
 import shutil
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -503,3 +505,29 @@ def test_s3_gives_the_same_shards(inputs, tmp_path, tokenizer, bucket):
     assert sum(part["documents"] for part in tokenize(made).values()) == 200, "what is there is no input"
     with pytest.raises(FileNotFoundError, match="s3://bucket/none"):
         tokenize(config("s3://bucket/none/", "s3://bucket/y", tokenizer))
+
+
+def test_members_of_tars_that_are_passed_over_are_counted_and_said(tmp_path, tokenizer):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in (("a.txt", " ".join(TEXTS).encode()), *((f"{n}.csv", b"1,2") for n in range(12))):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    told = Told()
+    info = tokenize(config(tmp_path / "a.tar", tmp_path / "out", tokenizer), told)["train"]
+    (said,) = [line for line in told.lines if "warning" in line]
+    assert "12 members of its tars are passed over" in said
+    assert f"{tmp_path}/a.tar:0.csv, " in said
+    assert "9.csv, …; known there: .jsonl" in said
+    assert (info["sources"][0]["members_passed_over"], info["documents"]) == (12, 1)
+
+
+def test_an_input_that_was_touched_is_said_in_words(inputs, tmp_path, tokenizer):
+    made = config(inputs, tmp_path / "out", tokenizer)
+    tokenize(made)
+    touched = sorted(path for path in inputs.rglob("*") if path.is_file())[0]
+    os.utime(touched, (1, 1))
+    with pytest.raises(
+        ValueError, match=rf"{touched}: its modification time changed, from \d+ to 1000000000$"
+    ):
+        tokenize(made)
