@@ -18,6 +18,8 @@ from pathlib import Path
 
 import tyro
 
+from open_lm.log import commit
+
 LIBRARY = """
 import json, sys
 from tokenizers import Tokenizer
@@ -93,6 +95,7 @@ def main(bench: Bench) -> None:
                         "cpu_seconds": None if case == "ray" else round(cpu_seconds, 2),
                         "load_before": round(load, 1),
                         "cores": os.cpu_count(),
+                        "commit": commit(),
                     }
                     bench.record.parent.mkdir(parents=True, exist_ok=True)
                     with open(bench.record, "a") as record:

@@ -360,13 +360,37 @@ def waiting_on_a_gpu() -> str:
     )
 
 
-def tokenizing() -> tuple[str, bool]:
-    """Tokenizing beside the tokenizers library alone, from `python bench/tokenizing.py`: medians."""
+def tokenizing_runs() -> dict[tuple[int, str], list[dict]]:
+    """(workers, case) → the runs of the newest commit, from `python bench/tokenizing.py`."""
     records = read_records("tokenizing", DATA_RECORDS)
     runs: dict[tuple, list[dict]] = {}
     for r in records:
-        if r["text_bytes"] == records[-1]["text_bytes"] and not r.get("beside_other_work"):
+        if r.get("commit") == records[-1]["commit"]:
             runs.setdefault((r["workers"], r["case"]), []).append(r)
+    return runs
+
+
+def tokenizing_share() -> tuple[str, bool]:
+    """The same in a sentence."""
+    seconds = {
+        key: statistics.median(r["seconds"] for r in found) for key, found in tokenizing_runs().items()
+    }
+    one, two = (seconds[n, "library"] / seconds[n, "local"] for n in (1, 2))
+    ray = seconds[1, "ray"] / seconds[2, "ray"]
+    spread = max(
+        max(each) / min(each) for each in ([r["seconds"] for r in f] for f in tokenizing_runs().values())
+    )
+    return (
+        f"With one process {one:.0%} and with two {two:.0%} of what the `tokenizers` library alone does on the same\n"
+        f"text, two Ray workers {ray:.1f} times one: medians of runs of which one took up to {spread - 1:.0%} longer than "
+        "its twin\n(`bench/README.md`)."
+    ), min(one, two) >= 0.9 and ray >= 1.6
+
+
+def tokenizing() -> tuple[str, bool]:
+    """Tokenizing beside the tokenizers library alone: medians."""
+    runs = tokenizing_runs()
+    last = next(iter(runs.values()))[-1]
     names = {"library": "tokenizers alone", "local": "--engine local", "ray": "--engine ray"}
     rows = []
     for (workers, case), found in sorted(runs.items()):
@@ -381,9 +405,9 @@ def tokenizing() -> tuple[str, bool]:
         )
         rows.append([names[case], workers, *values, f"{cpu:.1f}" if cpu else ""])
     note = (
-        f"{records[-1]['text_bytes'] / 1e6:.0f} MB of text, GPT-NeoX's tokenizer, {records[-1]['cores']} cores; "
+        f"{last['text_bytes'] / 1e6:.0f} MB of text, GPT-NeoX's tokenizer, {last['cores']} cores; "
         "each a process from its start to its end, shuffling and writing included; medians, on a machine without "
-        "other work."
+        f"other work, commit {last['commit']}."
     )
     head = ["", "workers", "MB/s", "s", "least … most", "runs", "CPU s"]
     return f"{markdown(head, rows)}\n\n{note}", True
@@ -448,6 +472,7 @@ TABLES = {
         routing,
         reading,
         tokenizing,
+        tokenizing_share,
         corpus,
         saves,
         faults,
