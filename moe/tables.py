@@ -381,9 +381,9 @@ def tokenizing_share() -> tuple[str, bool]:
         max(each) / min(each) for each in ([r["seconds"] for r in f] for f in tokenizing_runs().values())
     )
     return (
-        f"With one process {one:.0%} and with two {two:.0%} of what the `tokenizers` library alone does on the same\n"
-        f"text, two Ray workers {ray:.1f} times one: medians of runs of which one took up to {spread - 1:.0%} longer than "
-        "its twin\n(`bench/README.md`)."
+        f"With one process {one:.0%} and with two {two:.0%} of what the `tokenizers` library alone does on the\n"
+        f"same text, two Ray workers {ray:.1f} times one: medians of runs, of which one took up to {spread - 1:.0%} "
+        "longer\nthan its twin (`bench/README.md`)."
     ), min(one, two) >= 0.9 and ray >= 1.6
 
 
