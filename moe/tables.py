@@ -382,8 +382,8 @@ def tokenizing_share() -> tuple[str, bool]:
     )
     return (
         f"With one process {one:.0%} and with two {two:.0%} of what the `tokenizers` library alone does on the\n"
-        f"same text, two Ray workers {ray:.1f} times one: medians of runs, of which one took up to {spread - 1:.0%} "
-        "longer\nthan its twin (`bench/README.md`)."
+        f"same text, two Ray workers {ray:.1f} times one: medians of runs, one of which took up to {spread - 1:.0%}"
+        "\nlonger than its twin (`bench/README.md`)."
     ), min(one, two) >= 0.9 and ray >= 1.6
 
 
