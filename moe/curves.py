@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Curves:
     """Steps whose mean loss is a point of the curve."""
     batch_size: int = 16
     """Sequences per step."""
+    at_once: int = 1
+    """Runs at a time, on one GPU: most of a short one is starting and compiling."""
     precision: str = "amp_bfloat16"
     """Of the training command."""
     flags: str = ""
@@ -79,9 +82,14 @@ def difference(one: Sequence[float], other: Sequence[float]) -> float:
 def compare(curves: Curves, model: str, logs: Path) -> dict[str, Any]:
     """The record of one model."""
     first, *others = curves.backends
-    facts, expected = run(curves, model, first, 1, logs)
-    _, again = run(curves, model, first, 2, logs)
-    found = {backend: run(curves, model, backend, 1, logs)[1] for backend in others}
+    with ThreadPoolExecutor(curves.at_once) as pool:
+        runs = {
+            which: pool.submit(run, curves, model, *which, logs)
+            for which in ((first, 1), (first, 2), *((backend, 1) for backend in others))
+        }
+    facts, expected = runs[first, 1].result()
+    again = runs[first, 2].result()[1]
+    found = {backend: runs[backend, 1].result()[1] for backend in others}
     return {"model": model, "experts": curves.experts, "steps": curves.steps, "every": curves.every,
             "batch_size": curves.batch_size, "backend": first, "noise": difference(expected, again),
             "difference": {backend: difference(expected, losses) for backend, losses in found.items()},
