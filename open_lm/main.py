@@ -38,7 +38,7 @@ from open_lm.parallel import mesh
 from open_lm.parallel.determinism import make_deterministic
 from open_lm.parallel.gather import on_first_rank
 from open_lm.parallel.launch import find_ranks
-from open_lm.parallel.plan import compute_dtype, parallelize
+from open_lm.parallel.plan import compiles, compute_dtype, parallelize
 from open_lm.parallel.process import Recorder, hide_arguments
 from open_lm.parallel.refusal import agree, refusing
 from open_lm.parallel.watch import StopAsked
@@ -129,15 +129,17 @@ def execute(job: Job) -> None:
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
         dtype = compute_dtype(run.distributed, run.optim.precision)
-        logger.info(f"attention's kernel: {kernel_of(job.config, world.device, dtype)}, in {str(dtype)[6:]}")
+        asked = run.model.torchcompile if "torchcompile" in job.given or job.schedule is None else None
+        compiling = compiles(asked, world.device, world.world_size)
+        kernel = f"attention's kernel: {kernel_of(job.config, world.device, dtype)}, in {str(dtype)[6:]}"
+        logger.info(f"{kernel}; torch.compile: {'on' if compiling else 'off'}")
         if says_mfu(world.device):
             logger.info(FORMULA)
         sync = start_sync(job, written)
         model = parallelize(
             job.config, world=world, distributed=run.distributed, precision=run.optim.precision,
             seed=run.optim.seed,
-            grad_checkpointing=run.model.grad_checkpointing,
-            torchcompile=run.model.torchcompile,
+            grad_checkpointing=run.model.grad_checkpointing, torchcompile=compiling,
             meta=not run.model.disable_meta_device,
         )  # fmt: skip
         for name, parameter in model.named_parameters():

@@ -94,7 +94,7 @@ class Transformer(nn.Module):
             for block, cache in zip(self.layers, caches, strict=True):
                 x_BSD, stats = block(x_BSD, cache, table, about, documents)
                 router_stats += [] if stats is None else [stats]
-        x_BSD = self.norm(x_BSD)
+            x_BSD = self.norm(x_BSD)
         if targets_BS is None:
             return Output(self.output(x_BSD), tuple(router_stats))
         loss = linear_cross_entropy(
@@ -108,7 +108,7 @@ class Transformer(nn.Module):
     def body(
         self, x_BSD: Tensor, table: Table, about: Tokens, documents: Documents | None
     ) -> tuple[Tensor, list[RouterStats]]:
-        """All blocks in turn: x_BSD and the statistics of the sparse ones."""
+        """All blocks in turn and the last norm: x_BSD and the statistics of the sparse ones."""
         recompute = self.grad_checkpointing and torch.is_grad_enabled()
         router_stats = []
         for block in self.layers:
@@ -118,7 +118,7 @@ class Transformer(nn.Module):
                 x_BSD, stats = block(x_BSD, None, table, about, documents)
             if stats is not None:
                 router_stats.append(stats)
-        return x_BSD, router_stats
+        return self.norm(x_BSD), router_stats
 
     def embed(self, tokens_BS: Tensor, position_S: Tensor, offset: int) -> Tensor:
         """x_BSD of tokens at positions (S,) or (B, S), behind `offset` others. Raises ValueError for texts beyond

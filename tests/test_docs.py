@@ -96,6 +96,7 @@ def test_flags_named_in_the_documents_exist() -> None:
     known = {"--" + name.replace("_", "-") for name in flag_types()} | {"--config", "--help"}
     others = {"--no-", "--nproc-per-node", "--extra-index-url", "--logs-specs", "--output", "--seq-len"}
     others |= {flag_of(field.name) for field in fields(TokenizeConfig)}
+    switches = {f"--no-{name.replace('_', '-')}" for name, kind in flag_types().items() if kind is bool}
     others |= {"--tiny", "--print-flags"}  # of moe/recipes
     others |= {"--nnodes", "--rdzv-backend", "--max-restarts"}  # of torchrun
     for document in DOCUMENTS:
@@ -104,7 +105,7 @@ def test_flags_named_in_the_documents_exist() -> None:
         theirs = re.compile(r"<!-- theirs.*?<!-- end of theirs", re.DOTALL)
         prose = theirs.sub(lambda m: re.sub(r"^\|[^|]*\|", "", m[0], flags=re.MULTILINE), prose)
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", prose):
-            assert flag in known | others, f"{document.name}: {flag}"
+            assert flag in known | others | switches, f"{document.name}: {flag}"
 
 
 def test_links_and_files_exist() -> None:

@@ -167,7 +167,8 @@ class MoEConfig:
 
     backend: Annotated[BackendName, arg(name="moe-backend")] = "auto"
     """Expert computation: `reference` loops over experts, `grouped_mm` is one grouped matrix product, `triton` has
-    kernels of its own (a GPU, Ampere or newer), `megablocks` has its (a GPU, and the package). auto: grouped_mm."""
+    kernels of its own (a GPU, Ampere or newer), `megablocks` has its (a GPU, and the package). auto: triton on a
+    Hopper GPU in 16 bits, else grouped_mm."""
 
     recompute: Annotated[bool, arg(name="moe-recompute")] = False
     """--moe-backend triton: save the experts' input alone, and compute their pre-activation anew in backward."""

@@ -33,7 +33,10 @@ def _rows(
     total = tl.zeros([BLOCK], tl.float32)
     for start in range(0, vocab_size, BLOCK):
         at = start + columns
-        x = tl.load(logits + at, mask=at < vocab_size, other=LEAST).to(tl.float32)
+        # kept in the cache for the second time, then given up
+        x = tl.load(logits + at, mask=at < vocab_size, other=LEAST, eviction_policy="evict_last").to(
+            tl.float32
+        )
         higher = tl.maximum(most, x)
         total = total * tl.exp(most - higher) + tl.exp(x - higher)
         most = higher
@@ -51,11 +54,13 @@ def _rows(
         scale = weight * (1.0 + 2.0 * z * logsumexp)
         for start in range(0, vocab_size, BLOCK):
             at = start + columns
-            x = tl.load(logits + at, mask=at < vocab_size, other=LEAST).to(tl.float32)
+            x = tl.load(logits + at, mask=at < vocab_size, other=LEAST, eviction_policy="evict_first")
+            x = x.to(tl.float32)
             gradient = scale * tl.exp(x - logsumexp) - tl.where(at == target, weight, 0.0)
             # an ignored token's logits may be infinite: 0 * inf
             gradient = tl.where(counts, gradient, 0.0)
-            tl.store(logits + at, gradient.to(logits_CV.dtype.element_ty), mask=at < vocab_size)
+            gradient = gradient.to(logits_CV.dtype.element_ty)
+            tl.store(logits + at, gradient, mask=at < vocab_size, eviction_policy="evict_first")
 
 
 def losses_(

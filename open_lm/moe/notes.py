@@ -2,7 +2,7 @@
 
 from open_lm.config.moe import MoEConfig
 from open_lm.config.moe_check import sees_later_tokens
-from open_lm.moe.backends import select
+from open_lm.moe.backends import resolve
 
 
 def notes(moe: MoEConfig) -> list[str]:
@@ -11,7 +11,7 @@ def notes(moe: MoEConfig) -> list[str]:
         return []
     said = sees_later_tokens(moe)
     if moe.backend == "auto":
-        said.append(f"--moe-backend auto: {select('auto').__name__}")
+        said.append(f"--moe-backend auto: {resolve('auto')}")
     if moe.balance is None and not moe.balances:
         said.append(f"--moe-balance none: --moe-router {moe.router} needs no balancing")
     return said

@@ -1,5 +1,7 @@
 """From a ModelConfig to a model that is ready to train: initialise → precision → compile → FSDP2 or DDP."""
 
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from inspect import signature
@@ -15,6 +17,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._triton import has_triton
 
 from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
@@ -210,6 +213,15 @@ def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextM
     if precision not in AUTOCAST:
         return nullcontext()
     return torch.autocast(device.type, AUTOCAST[precision])
+
+
+def compiles(asked: bool | None, device: torch.device, world_size: int) -> bool:
+    """Whether training is compiled: as `asked`; None, no flag: on one GPU, where that was measured to be right and
+    the fastest, if torch finds what it compiles with (Triton and a C compiler)."""
+    if asked is not None:
+        return asked
+    found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return device.type == "cuda" and world_size == 1 and found is not None and has_triton()
 
 
 def compiled(on: bool) -> AbstractContextManager:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from open_lm.config.moe import MoEConfig
+from open_lm.moe import backends
 from open_lm.moe.backends import grouped_mm, megablocks, reference
 from open_lm.moe.backends.grouped_mm import add_bias, multiply
 from open_lm.moe.backends.megablocks import Kernels, compute
@@ -206,3 +207,33 @@ def test_megablocks_needs_its_packages(monkeypatch):
     with pytest.raises(ValueError, match="pip install --no-deps --no-build-isolation megablocks") as raised:
         MoE(MoEConfig(dim=D, num_experts=E, backend="megablocks"))
     assert "--moe-backend grouped_mm" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "has_triton", "expected"),
+    [
+        ((9, 0), True, "triton"),
+        ((9, 0), False, "grouped_mm"),
+        ((8, 0), True, "grouped_mm"),
+        (None, True, "grouped_mm"),
+    ],
+)
+def test_auto_is_the_fastest_that_was_measured(gpu, has_triton, expected, monkeypatch):
+    def load():
+        if not has_triton:
+            raise ValueError("no Triton")
+
+    monkeypatch.setattr(backends, "load_triton", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: gpu)
+    backends.fastest.cache_clear()
+    try:
+        assert backends.resolve("auto") == expected
+        assert backends.resolve("reference") == "reference"
+        assert backends.select("auto").__name__ == ("auto" if expected == "triton" else "grouped_mm")
+        # a layer that stays on the CPU of such a machine
+        layer, x = make_layer(backends.select("auto")), torch.randn(2, 5, D)
+        wanted = run(make_layer(reference), x)
+        assert_near(run(layer, x), wanted)
+    finally:
+        backends.fastest.cache_clear()

@@ -254,6 +254,40 @@ def test_compiled_blocks_on_two_ranks_equal_one_process(spawn, references):
         assert_same(result, references["moe", "adamw"])
 
 
+def triton_on_two_ranks():
+    world = mesh.start(FSDP)
+    config = replace(SPARSE, moe=replace(SPARSE.moe, backend="triton"))
+    return {kind: train(make(config, world, d), world) for kind, d in (("ddp", PLAIN), ("fsdp", FSDP))}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on CPUs in Triton's interpreter")
+def test_our_kernels_on_two_ranks_equal_one_process(spawn, references):
+    """What the kernels save for backward are parameters that FSDP frees meanwhile."""
+    for result in spawn(2, triton_on_two_ranks, timeout=240)[0].values():
+        assert_same(result, references["moe", "adamw"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "ranks", "triton", "compiler", "expected"),
+    [
+        (None, "cuda", 1, True, "gcc", True),
+        (None, "cuda", 1, True, "clang", True),
+        (None, "cuda", 1, True, None, False),
+        (None, "cuda", 1, False, "gcc", False),
+        (None, "cuda", 2, True, "gcc", False),
+        (None, "cpu", 1, True, "gcc", False),
+        (True, "cpu", 2, False, None, True),
+        (False, "cuda", 1, True, "gcc", False),
+    ],
+)
+def test_one_gpu_compiles_unless_told_not_to(asked, device, ranks, triton, compiler, expected, monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(plan.shutil, "which", lambda name: f"/bin/{name}" if name == compiler else None)
+    monkeypatch.setattr(plan, "has_triton", lambda: triton)
+    assert plan.compiles(asked, torch.device(device), ranks) == expected
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.compile's own
 @pytest.mark.parametrize("recompute", [False, True], ids=["one graph", "block by block"])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from open_lm.config.moe import MoEConfig
+from open_lm.moe.backends import resolve
 from open_lm.moe.routing import Context, Routing, sort_by_expert
 
 EPS = 1e-20  # DeepSeek-V3's, in the sum of sigmoid scores
@@ -42,7 +43,7 @@ def top_k(logits_TE: Tensor, config: MoEConfig, context: Context) -> Routing:
         chosen_TK,
         weight_TK * config.weight_scale,
         logits_TE,
-        kernels=config.backend == "triton",
+        kernels=resolve(config.backend) == "triton",
         probability_TE=probability_TE,
         choice_TK=best(key_TE.detach(), config) if limited else chosen_TK,
     )
@@ -60,7 +61,7 @@ def select(key_TE: Tensor, config: MoEConfig, context: Context) -> Tensor:
 
 def best(key_TE: Tensor, config: MoEConfig) -> Tensor:
     """expert_TK, int64: the K highest keys, best first."""
-    if config.backend == "triton" and key_TE.is_cuda:
+    if key_TE.is_cuda and resolve(config.backend) == "triton":
         from open_lm.moe.backends.triton.selection import top_k
 
         return top_k(key_TE, config.top_k)
