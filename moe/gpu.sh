@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything about the triton backend that only a GPU can tell, on 16 cores:
-#   bash moe/gpu.sh OUTPUT [parity] [warm] [tune] [layers] [memory] [curves] [warm_steps] [steps]
+#   bash moe/gpu.sh OUTPUT [parity] [warm] [tune] [layers] [memory] [curves] [steps]
 # Without steps: parity, tune, warm, layers and memory, in this order; without the others about four minutes. Each has a limit of seconds and a log OUTPUT/<step>.txt; records are OUTPUT/*.jsonl.
 # WRITE=1 puts the fastest tiles into the table before the layers are timed. `curves` needs DATA, a manifest of text.
+# STEPS_OF='"160m 1 32,160m 8 32"' times these runs alone.
 set -u
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHON=${PYTHON:-python}
@@ -65,31 +66,38 @@ memory() {
 }
 # 300 steps on text beside another backend.
 curves() {
-    $PYTHON moe/curves.py --data "$DATA" --models 41m 160m --backends grouped_mm triton --flags=--torchcompile \
-        --record "$output/curves.jsonl"
-}
-
-# MODEL EXPERTS BATCH of the step table, the largest last: a group's runs share the GPU while they compile.
-models=("41m 1 32" "87m 1 32" "160m 1 16" "41m 8 32" "87m 8 32" "160m 8 16"
-        "410m 1 8" "410m 8 8" "160m 32 16" "830m 1 8" "830m 8 4")
-timed_step() { # STEPS RECORD MODEL EXPERTS BATCH
-    local flags="--torchcompile"
-    [ "$4" -gt 1 ] && flags+=" --moe-capacity-factor 0 --moe-backend triton"
-    $PYTHON moe/bench.py steps --models "$3" --experts "$4" --batch-size "$5" --steps "$1" --flags="$flags" \
-        --record "$2"
-}
-warm_steps() {
-    local count=0
-    for model in "${models[@]}"; do
-        timed_step 3 /dev/null $model > /dev/null &
-        ((++count % 6)) || wait
+    for one in "41m 16" "160m 8"; do
+        set -- $one
+        $PYTHON moe/curves.py --data "$DATA" --models "$1" --batch-size "$2" --backends reference grouped_mm triton \
+            --at-once 2 --record "$output/curves.jsonl" &
     done
     wait
 }
-steps() { for model in "${models[@]}"; do timed_step 45 "$output/speed.jsonl" $model; done; }
-export -f parity warm tune layer_table memory curves timed_step warm_steps steps
+
+# MODEL EXPERTS BATCH of the step table, by groups whose runs share the GPU while they compile.
+groups=("41m 1 32,87m 1 32,41m 8 32,87m 8 32" "160m 1 32,160m 8 32" "160m 32 32" "410m 1 16" "410m 8 16" "830m 1 16" "830m 8 8")
+[ -n "${STEPS_OF:-}" ] && eval "groups=($STEPS_OF)"
+timed_step() { # STEPS RECORD MODEL EXPERTS BATCH
+    local flags=""
+    [ "$4" -gt 1 ] && flags="--moe-capacity-factor 0"
+    $PYTHON moe/bench.py steps --models "$3" --experts "$4" --batch-size "$5" --steps "$1" --flags="$flags" \
+        --record "$2"
+}
+# Each group is compiled side by side first, then timed one by one.
+steps() {
+    local group model models
+    for group in "${groups[@]}"; do
+        IFS=, read -ra models <<< "$group"
+        if [ ${#models[@]} -gt 1 ]; then
+            for model in "${models[@]}"; do timed_step 3 /dev/null $model > /dev/null & done
+            wait
+        fi
+        for model in "${models[@]}"; do timed_step 36 "$output/speed.jsonl" $model; done
+    done
+}
+export -f parity warm tune layer_table memory curves timed_step steps
 # arrays do not pass through the environment
-export ARRAYS="$(declare -p shapes plans backends layers models)" output
+export ARRAYS="$(declare -p shapes plans backends layers groups)" output
 run() { step "$1" "$2" bash -c 'eval "$ARRAYS"; '"$3"; }
 
 [ $# -eq 0 ] && set -- parity tune warm layers memory
@@ -101,8 +109,7 @@ for wanted in "$@"; do
         layers) run 150 layers layer_table ;;
         memory) run 40 memory memory ;;
         curves) run 200 curves curves ;;
-        warm_steps) run 200 warm_steps warm_steps ;;
-        steps) run 350 steps steps ;;
+        steps) run 560 steps steps ;;
         *) echo "no step $wanted" >&2; exit 2 ;;
     esac
 done
