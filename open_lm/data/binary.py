@@ -180,6 +180,12 @@ class BinaryShard(BinarySequences):
         self.fd = fd
         self.release = weakref.finalize(self, os.close, fd)
 
+    def take(self, fd: int) -> None:
+        """Reads this file from now on."""
+        self.release()
+        self.fd = fd
+        self.release = weakref.finalize(self, os.close, fd)
+
     def close(self) -> None:
         self.release()
 
@@ -192,12 +198,20 @@ class BinaryShard(BinarySequences):
         try:
             done = os.preadv(self.fd, (tokens.data,), first_offset + i * stride + start * tokens.itemsize)
         except OSError as error:
-            raise OSError(f"shard {redact(self.url)}: sample {self.name(i)}: {error}") from error
+            raise self.failed(i, error) from error
         if done != tokens.nbytes:
-            raise UnreadableSample(
-                f"shard {redact(self.url)}: sample {self.name(i)} cannot be read: {done} bytes of {tokens.nbytes}: "
-                "the file has become shorter"
-            )
+            raise self.too_short(i, done, tokens.nbytes)
+
+    def failed(self, i: int, error: OSError) -> OSError:
+        """The error, with the shard and the sample."""
+        return OSError(f"shard {redact(self.url)}: sample {self.name(i)}: {error}")
+
+    def too_short(self, i: int, found: int, expected: int) -> UnreadableSample:
+        """Of a sample of which so many bytes are there."""
+        return UnreadableSample(
+            f"shard {redact(self.url)}: sample {self.name(i)} cannot be read: {found} bytes of {expected}: "
+            "the file has become shorter"
+        )
 
     def name(self, i: int) -> str:
         """The sample's member name."""
