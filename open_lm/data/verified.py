@@ -52,15 +52,15 @@ class VerifiedShard(BinaryShard):
         self.name_end = b"_%08d." + layout.key.encode() + b"\0"
 
     def read_into(self, tokens: np.ndarray, i: int, start: int = 0) -> None:
-        """As BinaryShard's; UnreadableSample also says what is not as the digests say. OSError: a remote shard cannot
-        be fetched anew."""
+        """As BinaryShard's; UnreadableSample also says what is not as the digests say. OSError: a remote shard
+        cannot be fetched anew."""
         if (fault := self.read(i)) is not None:
             self.read_again(i, fault)
         tokens[:] = self.tokens_L[start : start + len(tokens)]
 
     def read(self, i: int) -> str | None:
-        """Reads row i into the buffer and says what is wrong with it, as `find_fault`, which is asked where a quicker
-        look finds anything."""
+        """Reads row i into the buffer and says what is wrong with it, as `find_fault`, which is asked where a
+        quicker look finds anything."""
         member = self.member
         try:
             done = os.preadv(self.fd, (member,), self.begin + i * self.stride)
@@ -74,7 +74,7 @@ class VerifiedShard(BinaryShard):
         expected = ROW_MARK + hexlify(digest.digest()[:DIGEST_BYTES]) + self.after
         if member.startswith(expected, ROW.start) and member.find(self.name_end % i, 0, NAME.stop + 1) >= 0:
             return None
-        return find_fault(member, self.layout, i, self.shard_digest)
+        return find_fault(bytes(member), self.layout, i, self.shard_digest)
 
     def read_again(self, i: int, fault: str) -> None:
         """Reads row i from where it is not damaged, if there is such a place. UnreadableSample."""
