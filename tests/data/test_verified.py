@@ -92,19 +92,20 @@ def damage(request, source) -> str:
     return message
 
 
-def read(folder, rows, length: int = LENGTH, **options):
+def read(folder, rows, length: int = LENGTH, vocab_size: int = VOCAB, **options):
     """Of the second shard."""
-    data = ValData(str(folder / "manifest.jsonl"), "auto", length - 1, VOCAB, **options)
+    data = ValData(str(folder / "manifest.jsonl"), "auto", length - 1, vocab_size, **options)
     return data.reader.read([(0, 1, i) for i in rows], 0, "crop", 0)
 
 
-def test_a_damaged_row_is_an_error_with_its_name(source, damage, caplog):
+@pytest.mark.parametrize("vocab_size", [VOCAB, 2**17])  # batches of 16 and of 32 bits, whatever the shard has
+def test_a_damaged_row_is_an_error_with_its_name(source, damage, vocab_size, caplog):
     with pytest.raises(
         ValueError,
         match=rf"^shard {source}/{SHARD}: {damage}.*, also from the disk: copy or write the shard again, or its "
         r"manifest, .*data\.index\) \(--ignore-parse-errors skips such samples\)$",
     ):
-        read(source, range(ROWS))
+        read(source, range(ROWS), vocab_size=vocab_size)
     assert len(caplog.messages) == 1
     assert re.search(f"{SHARD}: {damage}.*: it is read once more, from the disk", caplog.text)
 
@@ -124,12 +125,13 @@ def test_rows_that_are_not_read_are_not_looked_at(source, damage, tokens_NL):
     np.testing.assert_array_equal(read(source, rows).tokens_BL, tokens_NL[ROWS : 2 * ROWS][rows])
 
 
+@pytest.mark.parametrize("vocab_size", [VOCAB, 2**17])
 @pytest.mark.parametrize("length", [1, 7, LENGTH - 1])
-def test_of_windows_the_whole_row_is_verified(source, damage, length, tokens_NL):
+def test_of_windows_the_whole_row_is_verified(source, damage, length, vocab_size, tokens_NL):
     with pytest.raises(ValueError, match=f"{SHARD}: {damage}"):
-        read(source, [BAD], length)
+        read(source, [BAD], length, vocab_size)
     rows = [*range(5), *range(7, ROWS)] * 5
-    for row_L, i in zip(read(source, rows, length).tokens_BL, rows, strict=True):
+    for row_L, i in zip(read(source, rows, length, vocab_size).tokens_BL, rows, strict=True):
         windows = np.lib.stride_tricks.sliding_window_view(tokens_NL[ROWS + i], length)
         assert (windows == row_L).all(axis=1).any()
 
