@@ -29,7 +29,7 @@ DIGEST_BYTES = DIGITS // 2
 class VerifiedShard(BinaryShard):
     """The sequences of an open tar whose manifest has `row_digests`. Not for several threads: it has one buffer.
 
-    A short row has 2 or 3 µs, so all that is the same for every row is laid out here.
+    A short row takes 3 µs, so all that is the same for every row is laid out here.
     """
 
     def __init__(self, shard: Shard, fd: int, layout: Layout, cache: Cache):
