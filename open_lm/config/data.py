@@ -67,8 +67,9 @@ class DataConfig:
     `pipe:`), may take before it is tried again."""
 
     ignore_parse_errors: bool = False
-    """Skip (mask and count) a sample that cannot be read, instead of failing with its name. Of a local tar that is
-    cut short the readable part is used; each of the other samples that its manifest promises counts as bad."""
+    """Skip (mask and count) a sample that cannot be read, or is damaged, instead of failing with its name. Of a
+    local tar that is cut short the readable part is used; each of the other samples that its manifest promises
+    counts as bad."""
 
     bad_sample_limit: int | None = None
     """With --ignore-parse-errors: more bad samples than this (unreadable or too short; of all ranks, resumed runs

@@ -190,6 +190,15 @@ def remove(path: Path) -> None:
     proof_of(path).unlink(missing_ok=True)
 
 
+def remove_open(cache: Cache, fd: int) -> None:
+    """Removes the file that is open as `fd`, unless another process did, and may have fetched it anew."""
+    opened = os.fstat(fd)
+    for path in cache.folder.glob("*.tar"):
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), opened):
+                remove(path)
+
+
 def open_or_write(
     cache: Cache,
     name: str,

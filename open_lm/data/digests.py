@@ -1,4 +1,5 @@
-"""A digest of each row in its own tar header: one that a range brought is verified before it is trained on.
+"""A digest of each row in its own tar header: each is verified before it is trained on, whether a range brought it
+(`ranges`) or it lies in a whole shard (`verified`).
 
 A header's `gname` is "shard:" and a digest of all tokens of the shard, which its manifest repeats (`row_digests`);
 its `uname` is "row:" and a digest of the member's name, that gname and the row's tokens. So bytes that were damaged

@@ -214,6 +214,7 @@ class SequenceReader:
         self.vocab_size = vocab_size
         self.ignore_parse_errors = ignore_parse_errors
         self.dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+        self.has_remote = not all(is_local(shard.url) for source in sources for shard in source.shards)
         for shard in (shard for source in sources for shard in source.shards):
             if shard.sequence_tokens is not None and shard.sequence_tokens < self.length:
                 raise ValueError(
@@ -228,7 +229,8 @@ class SequenceReader:
         tokens_BL = np.zeros((len(places), self.length), dtype=self.dtype)
         good_B = np.zeros(len(places), dtype=bool)
         bad = []
-        self.open_shards.prepare([(self.sources[source].shards[shard], i) for source, shard, i in places])
+        if self.has_remote:
+            self.open_shards.prepare([(self.sources[source].shards[shard], i) for source, shard, i in places])
         for row, (row_L, (source, shard, sequence)) in enumerate(zip(tokens_BL, places, strict=True)):
             reader = self.open_shards.get(self.sources[source].shards[shard])
             try:

@@ -29,9 +29,10 @@ from open_lm.data.binary import (
 )
 from open_lm.data.manifest import Shard, Source, is_manifest, read_manifest
 from open_lm.data.patterns import expand
-from open_lm.data.remote import Cache, open_file
+from open_lm.data.remote import Cache, is_local, open_file
 from open_lm.data.retry import Stopped
 from open_lm.data.tars import DamagedHeader, Member, list_members, scan_members
+from open_lm.data.verified import VerifiedShard
 
 logger = logging.getLogger(__name__)
 
@@ -146,19 +147,29 @@ def open_shard(
     shard, counted = (url, url.num_sequences) if isinstance(url, Shard) else (Shard(url, 0), num_sequences)
     key = find_key(shard, key)
     layout = promised_layout(shard)
-    fd = open_file(shard.url, cache or Cache(), shard.bytes, shard.sha256)
+    cache = cache or Cache()
+    fd = open_file(shard.url, cache, shard.bytes, shard.sha256)
     try:
         if layout is not None:
-            check_layout(fd, shard, layout, cut_short)
-            return BinaryShard(shard.url, fd, layout)
+            # A row with a digest is verified when it is read, and a copy in the cache is then mended.
+            can_wait = shard.row_digests is not None and (cut_short or not is_local(shard.url))
+            check_layout(fd, shard, layout, cut_short, damaged=can_wait)
+            return open_rows(shard, fd, layout, cache)
         index = index_tar(fd, shard.url, key, cut_short and counted is not None)
         check_count(shard.url, index, key, counted, cut_short)
     except BaseException:
         os.close(fd)
         raise
     if index.is_ended and (layout := find_layout(index)):
-        return BinaryShard(shard.url, fd, layout)
+        return open_rows(shard, fd, layout, cache)
     return ShardReader(shard.url, fd, index)
+
+
+def open_rows(shard: Shard, fd: int, layout: Layout, cache: Cache) -> BinaryShard:
+    """The rows of an open tar, verified by their digests if the manifest says that they carry them."""
+    if shard.row_digests is None:
+        return BinaryShard(shard.url, fd, layout)
+    return VerifiedShard(shard, fd, layout, cache)
 
 
 def find_layout(index: Index) -> Layout | None:
