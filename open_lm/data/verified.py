@@ -97,7 +97,8 @@ class VerifiedShard(BinaryShard):
             begin = self.begin + i * self.stride
             first, end = begin // mmap.PAGESIZE, -(-(begin + len(self.member)) // mmap.PAGESIZE)
             length = (end - first) * mmap.PAGESIZE  # whole pages: parts of them would stay
-            os.posix_fadvise(self.fd, first * mmap.PAGESIZE, length, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(self.fd, first * mmap.PAGESIZE, length, os.POSIX_FADV_DONTNEED)
         else:
             remove_open(self.cache, self.fd)
             self.take(open_file(self.url, self.cache, self.shard.bytes, self.shard.sha256))
