@@ -25,6 +25,7 @@ from open_lm.metrics import Clock, Progress, Skips, StepResult, Window, describe
 from open_lm.model import documents_of
 from open_lm.moe.balance import update_bias_
 from open_lm.moe.stats import RouterStats, pack, router_loss, unpack
+from open_lm.nn.documents import Documents
 from open_lm.optim import (
     LossScale,
     LossSpikes,
@@ -38,6 +39,7 @@ from open_lm.optim import (
 )
 from open_lm.parallel.mesh import World, sum_over_ranks_
 from open_lm.parallel.plan import autocast, no_sync, routers
+from open_lm.parallel.transfer import to_device
 from open_lm.parallel.watch import StopAsked
 from open_lm.skips import BadSamples, keep_statistics, look_at
 
@@ -73,12 +75,16 @@ def accumulate_gradients(
     stats: tuple[RouterStats, ...] = ()
     chosen: list[Tensor] | None = None  # how often each expert was, so far
     real_BS = real_positions(batch.targets_BS) if config.moe.enabled else None  # on the CPU, too
-    whole = [None if x is None else to_device(x, world) for x in (batch.tokens_BS, batch.targets_BS, real_BS)]
+    sent = (batch.tokens_BS, batch.targets_BS, real_BS)
+    whole = [None if x is None else to_device(x, world.device) for x in sent]
     micro_batches = [
         [None if x is None else x[first : first + plan.micro_sequences] for x in whole]
         for first in range(0, len(batch.tokens_BS), plan.micro_sequences)
     ]
-    documents = [documents_of(x, config, world.device) for x in batch.tokens_BS.split(plan.micro_sequences)]
+    documents = [
+        None if found is None else Documents(*(to_device(x, world.device) for x in found))
+        for found in (documents_of(x, config, x.device) for x in batch.tokens_BS.split(plan.micro_sequences))
+    ]
     for i, (tokens_BS, targets_BS, real_BS) in enumerate(micro_batches):
         at("compiling" if compiling else "forward")
         with no_sync(model, i < len(micro_batches) - 1):
@@ -150,13 +156,6 @@ def balance_(model: nn.Module, result: StepResult, rate: float | Tensor) -> None
     for router, layer in zip(routers(model), unpack(result.router, result.like), strict=True):
         if router.bias_E is not None:
             update_bias_(router.bias_E, layer.count_E, rate)
-
-
-def to_device(tokens_BS: Tensor, world: World) -> Tensor:
-    """On the rank's device; from pinned memory, so that the copy waits for nothing."""
-    if world.device.type != "cuda":
-        return tokens_BS
-    return tokens_BS.pin_memory().to(world.device, non_blocking=True)
 
 
 def log_averaged_losses(

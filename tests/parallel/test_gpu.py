@@ -1,6 +1,7 @@
 """On GPUs: NCCL, sharding, checkpoints and precisions give what a CPU gives."""
 
 import os
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from open_lm.config.distributed import DistributedConfig
 from open_lm.config.model import ModelConfig
 from open_lm.config.moe import MoEConfig
 from open_lm.config.optim import OptimConfig
-from open_lm.parallel import gather, mesh, plan
+from open_lm.parallel import gather, mesh, plan, transfer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -277,3 +278,23 @@ def test_a_gpu_copies_beside_its_work_and_saves_what_was(room, tmp_path, monkeyp
         for name, tensor in before.items():
             assert torch.equal(saved[name], tensor.cpu()), (step, name)
     saver.close()
+
+
+def test_copies_to_the_gpu_wait_for_nothing_and_are_right() -> None:
+    """More are on their way than there are buffers, while the GPU is busy; and the host writes over its own."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    staging = transfer.Staging(device)
+    wanted = [torch.randint(1000, (4, 32), generator=torch.Generator().manual_seed(i)) for i in range(40)]
+    staging.send(wanted[0])
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # about half a second
+    started, sent, source = time.perf_counter(), [], torch.empty(4, 32, dtype=torch.int64)
+    for i, x in enumerate(wanted):
+        source.copy_(x)
+        sent.append(staging.send(source if i % 2 else source.t().contiguous().t()))
+        if i == transfer.IN_FLIGHT - 2:
+            assert time.perf_counter() - started < 0.1
+    for got, x in zip(sent, wanted, strict=True):
+        assert torch.equal(got.cpu(), x)
+        assert got.is_contiguous()
+    assert sum(map(len, staging.places.values())) == transfer.IN_FLIGHT
