@@ -62,6 +62,7 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
     if done.returncode:
         print(done.stdout[-3000:], done.stderr[-3000:], sep="\n")
         done.check_returncode()
+    compiled = "torch.compile: on" in (logs / name / "out.log").read_text()
     lines = [json.loads(line) for line in (logs / name / "log.jsonl").read_text().splitlines()]
     counted = [e for e in lines if "train/loss" in e and e["step"] > log_every]
     seconds = sum(e["train/batch_time"] for e in counted) / len(counted)
@@ -70,7 +71,7 @@ def time_run(speed: Speed, model: str, experts: int, logs: Path) -> dict[str, An
     return {"model": model, "experts": experts, "tokens_per_second": mean("train/samples_per_second_per_gpu"),
             "mfu": mean("train/mfu"), "memory_gib": mean("train/memory_gib"), "step_seconds": seconds,
             "data_seconds": mean("train/data_time"), "batch_size": speed.batch_size, "accum_freq": speed.accum_freq,
-            "extra_flags": speed.flags, "parameters": run["parameters"],
+            "extra_flags": speed.flags, "compiled": compiled, "parameters": run["parameters"],
             "active_parameters": run["active_parameters"], "device": run["device"], "torch": run["torch"],
             "commit": run["commit"], "command": " ".join(command[1:])}  # fmt: skip
 

@@ -227,8 +227,13 @@ def field_help(group: type) -> dict[str, str]:
 
 
 def throughput() -> tuple[str, bool]:
-    """Whole-step timings beside the published ones: the newest of each model, device and set of flags."""
-    newest = {(r["device"], r["experts"], r["extra_flags"], r["model"]): r for r in read_records("speed")}
+    """Compiled whole-step timings beside the published ones: the newest of each model, device and set of flags."""
+    records = [
+        r | {"flags": r["extra_flags"].replace("--torchcompile", "").strip()}
+        for r in read_records("speed")
+        if r.get("compiled", "--torchcompile" in r["extra_flags"])
+    ]
+    newest = {(r["device"], r["experts"], r["flags"], r["model"]): r for r in records}
     rows: list[list[object]] = [
         [f"{'dense' if e == 1 else f'{e} experts'}, published (A100)", *cells] for e, cells in SPEED.items()
     ]
@@ -239,49 +244,92 @@ def throughput() -> tuple[str, bool]:
         }
         row[0] = f"{row[0]}, {', '.join(dict.fromkeys(r['commit'] for r in found.values()))}"
         rows.append([*row, *(step_cell(found[m]) if m in found else "" for m in MODELS)])
-    if not newest:
-        return markdown(["", *MODELS], rows), True
     torches = ", ".join(dict.fromkeys(r["torch"] for r in newest.values()))
     note = (
-        f"Ours, with the commit timed: torch {torches}, sequences of 2,048 tokens, synthetic data; in brackets the "
-        "model FLOPs utilization by open_lm/flops.py and the peak memory."
+        f"Ours, compiled, with the commit timed: torch {torches}, sequences of 2,048 tokens, synthetic data; in "
+        "brackets sequences a step, the model FLOPs utilization by open_lm/flops.py and the peak memory."
     )
     return f"{markdown(['', *MODELS], rows)}\n\n{note}", True
 
 
 def step_cell(record: dict[str, Any]) -> str:
     """Tokens per second, and what else was recorded."""
-    more = [f"{record['mfu']:.0%}"] if record.get("mfu") else []
+    more = [str(record["batch_size"] * record["accum_freq"])]
+    more += [f"{record['mfu']:.0%}"] if record.get("mfu") else []
     more += [f"{record['memory_gib']:.0f} GiB"] if record.get("memory_gib") else []
     return f"{record['tokens_per_second'] / 1e3:.1f}K" + (f" ({', '.join(more)})" if more else "")
 
 
+# TFLOP/s on another H100 by SonicMoE's own benchmark shapes, after its JIT; it has no ungated gelu.
+SONIC = {"olmoe": 591, "qwen3_moe": 518}
+
+
 def layer() -> tuple[str, bool]:
-    """TFLOP/s of one MoE layer: the newest timing per shape, from `python moe/bench.py --output`."""
-    kind = lambda r: (
-        r["layer"]
-        + (", compiled" if r["compiled"] else "")
-        + (", CUDA graph" if r.get("graph") else "")
-        + (", Zipf" if r.get("routing") == "zipf" else "")
-    )
-    newest = {(r["shape"], kind(r)): r for r in read_records("layer")}
-    if not newest:
-        return "Not recorded yet.", True
-    kinds = sorted({k for _, k in newest}, key=lambda k: ("reference" in k, "compiled" in k, k))
-    rows = []
-    for shape in dict.fromkeys(shape for shape, _ in newest):
-        found = {k: newest[shape, k] for k in kinds if (shape, k) in newest}
-        s = next(iter(found.values()))
-        size = ", ".join(str(s[key]) for key in ("tokens", "dim", "width", "experts", "top_k", "ffn_type"))
-        rows.append([f"{shape}: {size}", *(f"{found[k]['tflops']:.0f}" if k in found else "" for k in kinds)])
+    """TFLOP/s of one compiled MoE layer: the newest timing of each, from `python moe/bench.py --output`."""
+    newest: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for r in read_records("layer"):
+        # one way of the table's plan, the fastest launch that the layer allows
+        if r["compiled"] and "plan" not in r and (r.get("graph") or r["layer"] != "triton"):
+            newest[r["shape"], r["layer"], r.get("routing", "")] = r
+    rows, commits = [], {}
+    for shape in dict.fromkeys(shape for shape, layer, _ in newest if layer == "triton"):
+        of = lambda layer, routing, shape=shape: newest.get((shape, layer, routing))
+        dense = of("dense", "")
+        assert dense is not None
+        cells = []
+        for routing in ("random", "zipf"):
+            ours = of("triton", routing)
+            cells.append(f"{ours['tflops']:.0f} ({ours['tflops'] / dense['tflops']:.2f})" if ours else "")
+            commits |= {ours["commit"]: None} if ours else {}
+        peers = [of("megablocks", "random"), of("grouped_mm", "random") or of("grouped_mm", "")]
+        ours = of("triton", "random")
+        known = ours is not None and ours.get("peak_mib") and dense.get("peak_mib")
+        peak = (
+            f"{ours['peak_mib']:,.0f} ({ours['peak_mib'] / dense['peak_mib']:.2f})" if ours and known else ""
+        )
+        size = ", ".join(
+            str(dense[key]) for key in ("tokens", "dim", "width", "experts", "top_k", "ffn_type")
+        )
+        others = [*(f"{p['tflops']:.0f}" if p else "" for p in peers), SONIC.get(shape, "")]
+        rows.append([f"{shape}: {size}", f"{dense['tflops']:.0f}", *cells, *others, peak])
     last = list(newest.values())[-1]
     note = (
-        f"TFLOP/s of the experts' products, forward + backward, {last['dtype']}, dropless, fresh router; "
-        f'"dense" is one FFN of the same active FLOPs; Zipf: expert i chosen 1/i as often. '
-        f"{last['device']}, torch {last['torch']}, "
-        f"commit {last['commit']}."
+        f"TFLOP/s of the experts' products, forward + backward, {last['dtype']}, dropless, all compiled, ours and "
+        "dense as CUDA graphs; in brackets, of dense: one FFN of the same active FLOPs. Zipf: expert i chosen 1/i "
+        "as often. MegaBlocks waits for the host in every layer, so its figure depends on the machine's. "
+        f"{last['device']}, torch {last['torch']}, commits {', '.join(commits)}; SonicMoE measured elsewhere, on "
+        "another H100."
     )
-    return f"{markdown(['shape: tokens, d, width, experts, k, type', *kinds], rows)}\n\n{note}", True
+    head = ["shape: tokens, d, width, experts, k, type", "dense", "ours, random", "ours, Zipf", "MegaBlocks dMoE",
+            "grouped_mm", "SonicMoE", "peak of ours, MiB"]  # fmt: skip
+    return f"{markdown(head, rows)}\n\n{note}", True
+
+
+def curves() -> tuple[str, bool]:
+    """Whether a backend learns what another does: the newest of each model, from `python moe/curves.py --record`."""
+    newest = {r["model"]: r for r in read_records("curves")}
+    rows = [
+        [r["model"], r["experts"], r["backend"], f"{r['losses'][r['backend']][-1]:.3f}", f"{r['noise']:.4f}", backend,
+         f"{apart:.4f}", r["commit"]]
+        for r in newest.values() for backend, apart in r["difference"].items()
+    ]  # fmt: skip
+    head = [
+        "",
+        "experts",
+        "backend",
+        "last loss",
+        "another seed differs by",
+        "other backend",
+        "differs by",
+        "commit",
+    ]
+    steps = ", ".join(dict.fromkeys(str(r["steps"]) for r in newest.values()))
+    note = (
+        f"Training loss on real text, {steps} steps of the ordinary command, compiled, bf16 autocast, one H100; mean "
+        "absolute difference of the last third."
+    )
+    good = all(apart <= r["noise"] for r in newest.values() for apart in r["difference"].values())
+    return f"{markdown(head, rows)}\n\n{note}", good
 
 
 def routing() -> tuple[str, bool]:
@@ -469,6 +517,7 @@ TABLES = {
         flags,
         throughput,
         layer,
+        curves,
         routing,
         reading,
         tokenizing,
