@@ -306,13 +306,18 @@ def layer() -> tuple[str, bool]:
 
 
 def curves() -> tuple[str, bool]:
-    """Whether a backend learns what another does: the newest of each model, from `python moe/curves.py --record`."""
+    """Whether a backend learns what another does: `python moe/curves.py --record`, the newest of each model."""
     newest = {r["model"]: r for r in read_records("curves")}
-    rows = [
-        [r["model"], r["experts"], r["backend"], f"{r['losses'][r['backend']][-1]:.3f}", f"{r['noise']:.4f}", backend,
-         f"{apart:.4f}", r["commit"]]
-        for r in newest.values() for backend, apart in r["difference"].items()
-    ]  # fmt: skip
+    rows = []
+    for r in newest.values():
+        known = (
+            r["model"],
+            r["experts"],
+            r["backend"],
+            f"{r['losses'][r['backend']][-1]:.3f}",
+            f"{r['noise']:.4f}",
+        )
+        rows += [[*known, other, f"{apart:.4f}", r["commit"]] for other, apart in r["difference"].items()]
     head = [
         "",
         "experts",
@@ -325,8 +330,8 @@ def curves() -> tuple[str, bool]:
     ]
     steps = ", ".join(dict.fromkeys(str(r["steps"]) for r in newest.values()))
     note = (
-        f"Training loss on real text, {steps} steps of the ordinary command, compiled, bf16 autocast, one H100; mean "
-        "absolute difference of the last third."
+        f"Training loss on real text, {steps} steps of the ordinary command, compiled, bf16 autocast, one H100; "
+        "mean absolute difference of the last third."
     )
     good = all(apart <= r["noise"] for r in newest.values() for apart in r["difference"].values())
     return f"{markdown(head, rows)}\n\n{note}", good
