@@ -65,6 +65,10 @@ def accumulate_gradients(
     at = world.watch.at
     tokens, n_bad, _ = agreed or agree(batch, stops=False)
     if tokens == 0:
+        if batch.bad:
+            raise DataError(
+                f"a batch has not one token to train on: all its samples are bad; the first: {batch.bad[0]}"
+            )
         raise DataError(
             "a batch has not one token to train on: all its samples are shorter than the model's "
             f"{config.seq_len} + 1 tokens, unreadable or masked: give longer ones, or fewer masks"

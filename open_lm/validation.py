@@ -10,6 +10,7 @@ from open_lm.averaging import Average, averaged
 from open_lm.config.averaging import NONE, coefficients_of
 from open_lm.config.redact import redact, redacted
 from open_lm.config.schedule import Schedule
+from open_lm.data.errors import DataError
 from open_lm.data.loader import ValData
 from open_lm.data.remote import is_local
 from open_lm.eval.perplexity import evaluate
@@ -35,6 +36,11 @@ def evaluate_all(
             precision=job.run.optim.precision,
             config=job.run.eval,
         )
+        limit, skipped = job.run.data.bad_sample_limit, result["skipped_sequences"]
+        if limit is not None and skipped > limit:
+            raise DataError(
+                f"--bad-sample-limit {limit}: --val-data {redact(val_data.entry)} has {skipped} bad samples"
+            )
         result["train_tokens"] = progress.tokens
         facts: dict[str, Any] = {
             "val_name": val_data.name,

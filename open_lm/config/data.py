@@ -73,7 +73,8 @@ class DataConfig:
 
     bad_sample_limit: int | None = None
     """With --ignore-parse-errors: more bad samples than this (unreadable or too short; of all ranks, resumed runs
-    included) end the run with an error that names the last one. Default: no limit."""
+    included) end the run with an error that names the last one; in evaluation, of each --val-data entry. Default:
+    no limit."""
 
     append_data: bool = False
     """--resume: sources may have grown at their end since the checkpoint. What the present pass has left and all

@@ -88,7 +88,8 @@ def check_layout(
     if shard.bytes not in (None, length):
         raise ValueError(
             f"shard {redact(shard.url)}: the manifest says {shard.bytes:,} bytes, the tar has {length:,}: "
-            f"{CUT_SHORT}; or it is another one than the manifest describes"
+            + (f"{CUT_SHORT}; or it is" if length < (shard.bytes or 0) else "it is")
+            + " another one than the manifest describes"
         )
     if length < layout.end:
         raise ValueError(
@@ -97,15 +98,15 @@ def check_layout(
         )
     for sequence in sorted({0, layout.count - 1}) if layout.count else ():
         name, size = read_header(fd, layout.first_offset + sequence * layout.stride)
-        if damaged and size is None:
+        if size is None and (damaged or (shard.row_digests is not None and is_spoiled(fd, layout, sequence))):
             continue
         if size != layout.sequence_bytes or not name.endswith(f".{layout.key}"):
             found = "no member" if size is None else f"{name} of {size:,} bytes"
             raise ValueError(
                 f"shard {redact(shard.url)}: the manifest promises sequence "
                 f"{sequence:,} as a .{layout.key} member of "
-                f"{layout.sequence_bytes:,} bytes, there is {found}: the manifest is not this tar's "
-                "(python -m open_lm.data.index writes one)"
+                f"{layout.sequence_bytes:,} bytes, there is {found}: the tar is damaged, or the manifest "
+                "is not this tar's (python -m open_lm.data.index writes one)"
             )
     following, _ = (
         read_header(fd, layout.first_offset + layout.count * layout.stride) if layout.count else ("", 0)
@@ -115,6 +116,12 @@ def check_layout(
             f"shard {redact(shard.url)}: the manifest says {layout.count:,} sequences, "
             f"the tar goes on with {following}"
         )
+
+
+def is_spoiled(fd: int, layout: Layout, sequence: int) -> bool:
+    """Whether what should be the sequence's header was one of a row with a digest."""
+    header = os.pread(fd, BLOCK_BYTES, layout.first_offset + sequence * layout.stride - BLOCK_BYTES)
+    return header[257:262] == b"ustar" or header[265:269] == b"row:"
 
 
 def read_header(fd: int, offset: int) -> tuple[str, int | None]:

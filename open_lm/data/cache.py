@@ -109,7 +109,10 @@ class Unproved(Exception):
 def open_cached(path: Path, expected: Expected, verify: bool) -> int:
     """A descriptor of a cached file, which thereby is the most recently used. FileNotFoundError; DamagedFile;
     without `verify` also Unproved, instead of reading all of it."""
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except PermissionError as error:
+        raise DamagedFile(f"it cannot be read: {error.strerror}") from None
     try:
         stat = os.fstat(fd)
         proof = read_proof(path)

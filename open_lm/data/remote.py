@@ -72,6 +72,8 @@ def open_local(url: str) -> int:
         raise IsADirectoryError(f"{redact(url)} is a folder, a file is needed")
     try:
         return os.open(path, os.O_RDONLY)
+    except PermissionError:
+        raise PermissionError(f"{redact(url)}: permission denied: let this user read it") from None
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{redact(url)}: no such file: check its name, and what this host has"

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 AUTO = "auto"
+EMPTY_BYTES = 20 * BLOCK_BYTES  # of a tar without members
 
 
 def decode_json(data: bytes) -> list:
@@ -239,6 +240,8 @@ def index_tar(fd: int, url: str, key: str, cut_short: bool = False) -> Index:
                     raise
                 members, end = error.members, error.offset
             is_ended = data[end : end + BLOCK_BYTES] == bytes(BLOCK_BYTES)
+            if not members and length > EMPTY_BYTES:
+                raise ValueError("its first header is empty: the tar is damaged, or it is none")
         past = next((member for member in members if member.offset + member.size > length), None)
         if past is not None and cut_short:
             members, is_ended = members[: members.index(past)], False

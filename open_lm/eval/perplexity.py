@@ -3,6 +3,7 @@
 Shapes: B sequences, S positions.
 """
 
+import logging
 import math
 import time
 from typing import Any
@@ -24,6 +25,9 @@ from open_lm.parallel.gather import gather_alike
 from open_lm.parallel.mesh import World, agree_to_stop, sum_over_ranks_
 from open_lm.parallel.plan import autocast, compiled, reshard_, unwrap
 
+logger = logging.getLogger(__name__)
+
+NAMED_SAMPLES = 5  # bad ones, of each evaluation and rank, that the log names
 NO_TARGET = -1.0  # no negative log-likelihood is so low
 
 
@@ -53,6 +57,7 @@ def evaluate(
     model.eval()
     model_config = unwrap(model).config
     seq_len = model_config.seq_len
+    bad: list[str] = []
     # nll, tokens, sequences, skipped sequences, batches, seconds of waiting for data, assignments, dropped ones
     sums = torch.zeros(8, dtype=torch.float64, device=world.device)
     losses = Losses(config)
@@ -89,6 +94,7 @@ def evaluate(
                 sums[1] += counted_BS.sum()
                 sums[2] += len(targets_BS) - batch.n_bad
                 sums[3] += batch.n_bad
+                bad += batch.bad[: NAMED_SAMPLES - len(bad)]
                 sums[4] += 1
                 for layer in output.router_stats:
                     sums[6] += layer.count_E.sum()
@@ -99,6 +105,11 @@ def evaluate(
     sums[5] += waited
     nll, tokens, sequences, skipped, batches, waited, assignments, dropped = sum_over_ranks_(sums).tolist()
     seconds = time.perf_counter() - start
+    for sample in bad:
+        logger.warning("%s: ignored", sample)
+    if skipped > len(bad) and bad:
+        entry = redact(val_data.entry)
+        logger.warning("%s: %d sequences of %d were ignored", entry, skipped, skipped + sequences)
     reshard_(model)
     model.train(was_training)
     if not tokens:

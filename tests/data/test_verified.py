@@ -1,10 +1,12 @@
 """Damage in whole shards, done by plain writes to their files: no damaged row is given, and it is named, skipped
 and counted, or mended."""
 
+import errno
 import json
 import os
 import re
 import shlex
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +104,9 @@ def read(folder, rows, length: int = LENGTH, vocab_size: int = VOCAB, **options)
 def test_a_damaged_row_is_an_error_with_its_name(source, damage, vocab_size, caplog):
     with pytest.raises(
         ValueError,
-        match=rf"^shard {source}/{SHARD}: {damage}.*, also from the disk: copy or write the shard again, or its "
-        r"manifest, .*data\.index\) \(--ignore-parse-errors skips such samples\)$",
+        match=rf"^shard {source}/{SHARD}: {damage}.*, also from the disk: "
+        r"(copy the shard again, or remove it and run open_lm\.tokenize again|put the manifest's own shard .*) "
+        r"\(--ignore-parse-errors skips such samples\)$",
     ):
         read(source, range(ROWS), vocab_size=vocab_size)
     assert len(caplog.messages) == 1
@@ -138,10 +141,10 @@ def test_of_windows_the_whole_row_is_verified(source, damage, length, vocab_size
 
 @pytest.mark.parametrize("row", [0, ROWS - 1])
 def test_headers_that_are_looked_at_first_go_by_the_policy_too(source, row):
-    """The first one and the last one tell at once whether the manifest is the tar's."""
+    """The first one and the last one tell at once whether the manifest is the tar's; not if they are damaged."""
     flip_row(source, row, offset=3)
     with pytest.raises(
-        ValueError, match=rf"{SHARD}: the manifest promises sequence {row} .* there is no member"
+        ValueError, match=rf"{SHARD}: sample number {row} has a damaged header, .*, also from the disk"
     ):
         read(source, range(ROWS))
     rows = read(source, range(ROWS), ignore_parse_errors=True)
@@ -235,6 +238,31 @@ def test_or_goes_on_without_its_rows_up_to_the_limit(command, tmp_path):
         main(shlex.split(f"{skip} 1".replace("--name run", "--name again")))
 
 
+def test_evaluation_names_what_it_ignores_and_keeps_the_limit(command, tmp_path):
+    write_shards(tmp_path / "good", np.random.default_rng(0).integers(0, 16, (24, 17)), 8, "u16")
+    good = command.replace(f"{tmp_path}/corpus", f"{tmp_path}/good")
+    evaluated = f"{good} --workers 0 --val-data {tmp_path}/corpus/manifest.jsonl --ignore-parse-errors"
+    main(shlex.split(f"{evaluated} --bad-sample-limit 2"))
+    text = (tmp_path / "run/out.log").read_text()
+    assert (
+        len(re.findall(rf"{SHARD}: sample (00000001_00000002\.u16|number 6).*, also .*: ignored", text)) == 2
+    )
+    with pytest.raises(
+        DataError, match=rf"--bad-sample-limit 1: --val-data {tmp_path}/corpus/.* has 2 bad samples"
+    ):
+        main(shlex.split(f"{evaluated} --bad-sample-limit 1".replace("--name run", "--name again")))
+
+
+def test_a_batch_of_which_nothing_is_left_says_why(command, tmp_path):
+    for row in range(8):
+        for shard in range(3):
+            flip(tmp_path / f"corpus/shard_{shard:08d}.tar", row * STRIDE + 530)
+    with pytest.raises(
+        DataError, match=r"all its samples are bad; the first: shard .*\.tar: sample .*, also from"
+    ):
+        main(shlex.split(f"{command} --workers 0 --ignore-parse-errors"))
+
+
 URL = f"s3://bucket/{SHARD}"
 
 
@@ -302,6 +330,86 @@ def test_one_that_is_damaged_before_it_is_opened_too(s3, tmp_path, tokens_NL, ro
     assert len(s3.asked(SHARD)) == 1
 
 
+def test_a_copy_that_is_cut_short_while_it_is_open_is_fetched_again(s3, tmp_path, tokens_NL):
+    remote = Remote(tmp_path / "cache")
+    os.chmod(remote.copy, 0o600)
+    os.truncate(remote.copy, 3000)
+    s3.requests.clear()
+    rows = read_shard(remote.reader)
+    np.testing.assert_array_equal(rows.tokens_BL, tokens_NL[ROWS : 2 * ROWS])
+    assert len(s3.asked(SHARD)) == 1
+
+
+def failing(code: int, times: int):
+    """os.preadv, of which so many calls fail after the third."""
+    calls = []
+
+    def preadv(*arguments):
+        calls.append(arguments)
+        if 3 < len(calls) <= 3 + times:
+            raise OSError(code, os.strerror(code))
+        return original(*arguments)
+
+    original = os.preadv
+    return preadv
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_copy_that_cannot_be_read_is_fetched_again(s3, tmp_path, tokens_NL, monkeypatch, code):
+    remote = Remote(tmp_path / "cache")
+    monkeypatch.setattr(os, "preadv", failing(code, 2))  # the row is looked at twice before it is fetched
+    s3.requests.clear()
+    np.testing.assert_array_equal(read_shard(remote.reader).tokens_BL, tokens_NL[ROWS : 2 * ROWS])
+    assert len(s3.asked(SHARD)) == 1
+
+
+QUICK = Cache(Path("unused"), patience=Patience(1, 10, first_wait_seconds=0.1))
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE])
+def test_a_local_row_that_cannot_be_read_for_a_moment(source, tokens_NL, monkeypatch, code):
+    monkeypatch.setattr(os, "preadv", failing(code, 3))
+    rows = read(source, range(ROWS), cache=QUICK)
+    np.testing.assert_array_equal(rows.tokens_BL, tokens_NL[ROWS : 2 * ROWS])
+
+
+def test_a_disk_that_fails_is_named_with_the_sample(source, monkeypatch):
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO, 10**9))
+    with pytest.raises(
+        ValueError, match=f"{SHARD}: sample number 3 cannot be read: Input/output error, also from"
+    ):
+        read(source, range(ROWS), cache=QUICK)
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "preadv", failing(errno.EIO, 10**9))
+    rows = read(source, range(ROWS), cache=QUICK, ignore_parse_errors=True)
+    assert np.flatnonzero(rows.good_B).tolist() == [0, 1, 2]
+
+
+def test_a_shard_that_is_written_over_in_its_place_is_waited_for(source, tokens_NL):
+    data = ValData(str(source / "manifest.jsonl"), "auto", LENGTH - 1, VOCAB, cache=QUICK)
+    data.reader.read([(0, 1, 0)])
+    content = (source / SHARD).read_bytes()
+    os.truncate(source / SHARD, 0)
+    timer = threading.Timer(0.05, lambda: (source / SHARD).write_bytes(content))
+    timer.start()
+    np.testing.assert_array_equal(read_shard(data.reader).tokens_BL, tokens_NL[ROWS : 2 * ROWS])
+    timer.join()
+
+
+def test_one_that_is_mended_by_another_file_is_seen(source, tokens_NL):
+    content = (source / SHARD).read_bytes()
+    for row in (BAD, BAD + 1):
+        flip_row(source, row)
+    data = ValData(
+        str(source / "manifest.jsonl"), "auto", LENGTH - 1, VOCAB, cache=QUICK, ignore_parse_errors=True
+    )
+    assert not data.reader.read([(0, 1, BAD)]).good_B.any()
+    (source / "mended").write_bytes(content)
+    os.replace(source / "mended", source / SHARD)
+    rows = read_shard(data.reader)
+    np.testing.assert_array_equal(rows.tokens_BL, tokens_NL[ROWS : 2 * ROWS])
+
+
 def test_of_several_readers_one_fetches(s3, tmp_path, tokens_NL):
     remote = Remote(tmp_path / "cache")
     readers = [remote.reader, remote.new(), remote.new()]
@@ -328,7 +436,7 @@ def test_a_shard_that_is_damaged_there_is_fetched_again_once(s3, bucket, source,
     np.testing.assert_array_equal(rows.tokens_BL[rows.good_B], tokens_NL[ROWS : 2 * ROWS][rows.good_B])
     assert len(s3.asked(SHARD)) == 1
     with pytest.raises(
-        ValueError, match=rf"^shard {URL}: sample .*, also after the shard was fetched again: .*data\.index\)"
+        ValueError, match=rf"^shard {URL}: sample .*, also after the shard was fetched again: copy the shard"
     ):
         read_shard(remote.reader)
 
