@@ -129,8 +129,8 @@ def execute(job: Job) -> None:
             f"{world.world_size} rank{'s' * (world.world_size > 1)} on {device_name(world.device)}"
         )
         dtype = compute_dtype(run.distributed, run.optim.precision)
-        asked = run.model.torchcompile if "torchcompile" in job.given or job.schedule is None else None
-        compiling = compiles(asked, world.device, world.world_size)
+        settled = "torchcompile" in job.given or job.schedule is None or run.optim.deterministic
+        compiling = compiles(run.model.torchcompile if settled else None, world.device, world.world_size)
         kernel = f"attention's kernel: {kernel_of(job.config, world.device, dtype)}, in {str(dtype)[6:]}"
         logger.info(f"{kernel}; torch.compile: {'on' if compiling else 'off'}")
         if says_mfu(world.device):

@@ -124,7 +124,8 @@ class ModelFlags:
 
     torchcompile: bool = False
     """torch.compile: all blocks as one graph in a single process; block by block with --fsdp, DDP or
-    --grad-checkpointing. On by itself where one GPU trains, unless --no-torchcompile is given."""
+    --grad-checkpointing. On by itself where one GPU trains, unless --no-torchcompile or
+    --deterministic is given."""
 
 
 @dataclass(frozen=True)
