@@ -217,11 +217,15 @@ def autocast(precision: PrecisionName, device: torch.device) -> AbstractContextM
 
 def compiles(asked: bool | None, device: torch.device, world_size: int) -> bool:
     """Whether training is compiled: as `asked`; None, no flag: on one GPU, where that was measured to be right and
-    the fastest, if torch finds what it compiles with (Triton and a C compiler)."""
+    the fastest, if torch finds what it compiles with (Triton and a C compiler). There what torch cannot compile
+    runs as it is written, with torch's warning; asked for, it is an error.
+    """
     if asked is not None:
         return asked
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    return device.type == "cuda" and world_size == 1 and found is not None and has_triton()
+    on = device.type == "cuda" and world_size == 1 and found is not None and has_triton()
+    torch._dynamo.config.suppress_errors = on  # pyright: ignore[reportAttributeAccessIssue]
+    return on
 
 
 def compiled(on: bool) -> AbstractContextManager:

@@ -284,7 +284,10 @@ def test_one_gpu_compiles_unless_told_not_to(asked, device, ranks, triton, compi
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(plan.shutil, "which", lambda name: f"/bin/{name}" if name == compiler else None)
     monkeypatch.setattr(plan, "has_triton", lambda: triton)
-    assert plan.compiles(asked, torch.device(device), ranks) == expected
+    with torch._dynamo.config.patch(suppress_errors=False):
+        assert plan.compiles(asked, torch.device(device), ranks) == expected
+        # what nobody asked for must not end a run
+        assert torch._dynamo.config.suppress_errors == (expected and asked is None)
 
 
 @pytest.mark.slow
