@@ -34,6 +34,7 @@ from open_lm.data.remote import (
     REFETCHES,
     REMEDY,
     Found,
+    WrongFile,
     find_remote,
     is_local,
     name_in_cache,
@@ -153,7 +154,7 @@ class RangedShard(BinarySequences):
                 self.kept.update(rows)
                 return
             logger.warning("%s: %s, fetch %d of %d", redact(self.url), fault, attempt, REFETCHES + 1)
-        raise OSError(
+        raise WrongFile(
             f"shard {redact(self.url)}: {fault}, after {REFETCHES + 1} fetches: the shard is damaged, or it was "
             f"replaced and the manifest was not{REMEDY}"
         )

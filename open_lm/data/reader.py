@@ -28,7 +28,7 @@ from open_lm.data.ranges import (
     find_ranged,
     may_have_ranges,
 )
-from open_lm.data.remote import Cache, is_local
+from open_lm.data.remote import Cache, WrongFile, is_local
 from open_lm.data.shards import ShardReader, open_shard
 from open_lm.data.source_order import LANES
 
@@ -131,10 +131,18 @@ class OpenShards:
             for reader, needed in readers
             for together in reader.requests(needed)
         ]
-        for _, future in keeping:
-            future.result()
+        wrong = []
+        for reader, future in keeping:
+            try:
+                future.result()
+            except WrongFile:  # damaged there: of the whole shard, rows go by the policy
+                if not self.cut_short:
+                    raise
+                wrong.append(reader)
         for reader, _ in readers:
             self.fetch(reader)
+        for reader in dict.fromkeys(wrong):
+            self.replace(reader)
 
     def fetch(self, reader: RangedShard) -> "Future[Reader]":
         """Has the whole shard fetched, once."""

@@ -41,6 +41,10 @@ LASTING_OUTPUT = re.compile(
 LASTING_CODES = (126, 127)
 
 
+class WrongFile(OSError):
+    """What the server has is not what the manifest says, however often it is fetched."""
+
+
 def is_local(url: str) -> bool:
     """Whether the URL is a path of this machine."""
     return url.startswith("file://") or not (url.startswith(PIPE) or "://" in url)
@@ -172,7 +176,7 @@ def fetch(
         if difference is None:
             return
         logger.warning("%s: %s, fetch %d of %d", redact(url), difference, attempt, REFETCHES + 1)
-    raise OSError(
+    raise WrongFile(
         f"shard {redact(url)}: {difference}, after {REFETCHES + 1} fetches: the file is damaged, or it was "
         f"replaced and the manifest was not{REMEDY}"
     )

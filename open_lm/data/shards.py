@@ -29,7 +29,7 @@ from open_lm.data.binary import (
 )
 from open_lm.data.manifest import Shard, Source, is_manifest, read_manifest
 from open_lm.data.patterns import expand
-from open_lm.data.remote import Cache, is_local, open_file
+from open_lm.data.remote import Cache, WrongFile, is_local, open_file
 from open_lm.data.retry import Stopped
 from open_lm.data.tars import DamagedHeader, Member, list_members, scan_members
 from open_lm.data.verified import VerifiedShard
@@ -149,28 +149,35 @@ def open_shard(
     key = find_key(shard, key)
     layout = promised_layout(shard)
     cache = cache or Cache()
-    fd = open_file(shard.url, cache, shard.bytes, shard.sha256)
+    try:
+        fd = open_file(shard.url, cache, shard.bytes, shard.sha256)
+    except WrongFile as error:
+        if not cut_short or layout is None or shard.row_digests is None:
+            raise
+        # which of its rows are good, each tells by itself
+        logger.warning("%s; --ignore-parse-errors: its good samples are read", error)
+        fd = open_file(shard.url, cache)
     try:
         if layout is not None:
             # A row with a digest is verified when it is read, and a copy in the cache is then mended.
             can_wait = shard.row_digests is not None and (cut_short or not is_local(shard.url))
             check_layout(fd, shard, layout, cut_short, damaged=can_wait)
-            return open_rows(shard, fd, layout, cache)
+            return open_rows(shard, fd, layout, cache, cut_short)
         index = index_tar(fd, shard.url, key, cut_short and counted is not None)
         check_count(shard.url, index, key, counted, cut_short)
     except BaseException:
         os.close(fd)
         raise
     if index.is_ended and (layout := find_layout(index)):
-        return open_rows(shard, fd, layout, cache)
+        return open_rows(shard, fd, layout, cache, cut_short)
     return ShardReader(shard.url, fd, index)
 
 
-def open_rows(shard: Shard, fd: int, layout: Layout, cache: Cache) -> BinaryShard:
+def open_rows(shard: Shard, fd: int, layout: Layout, cache: Cache, cut_short: bool) -> BinaryShard:
     """The rows of an open tar, verified by their digests if the manifest says that they carry them."""
     if shard.row_digests is None:
         return BinaryShard(shard.url, fd, layout)
-    return VerifiedShard(shard, fd, layout, cache)
+    return VerifiedShard(shard, fd, layout, cache, takes_any=cut_short)
 
 
 def find_layout(index: Index) -> Layout | None:

@@ -21,7 +21,7 @@ from open_lm.data.binary import BLOCK_BYTES, BinaryShard, Layout, UnreadableSamp
 from open_lm.data.cache import Cache, remove_open
 from open_lm.data.digests import DIGITS, NAME, ROW, ROW_MARK, SHARD, SHARD_MARK, find_fault, row_start
 from open_lm.data.manifest import Shard
-from open_lm.data.remote import is_local, open_file
+from open_lm.data.remote import WrongFile, is_local, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,14 @@ class VerifiedShard(BinaryShard):
     A short row takes 3 µs, so all that is the same for every row is laid out here.
     """
 
-    def __init__(self, shard: Shard, fd: int, layout: Layout, cache: Cache):
+    def __init__(self, shard: Shard, fd: int, layout: Layout, cache: Cache, takes_any: bool = False):
         super().__init__(shard.url, fd, layout)
         assert shard.row_digests is not None
         self.shard = shard
         self.shard_digest = shard.row_digests
         self.cache = cache
+        self.takes_any = takes_any
+        """Whether a file that is not the manifest's will do, for its good rows."""
         self.is_hopeless = False  # a row of it was as wrong the second time
         self.was_named = False
         self.begin, self.stride = row_start(layout, 0), layout.stride
@@ -113,7 +115,11 @@ class VerifiedShard(BinaryShard):
         if not is_local(self.url):
             if not self.is_hopeless:
                 remove_open(self.cache, self.fd)
-                self.take(open_file(self.url, self.cache, self.shard.bytes, self.shard.sha256))
+                try:
+                    self.take(open_file(self.url, self.cache, self.shard.bytes, self.shard.sha256))
+                except WrongFile:
+                    if not self.takes_any:
+                        raise
             return
         with suppress(OSError):  # what the row says then is the fault
             if not os.path.samestat(os.stat(self.url.removeprefix("file://")), os.fstat(self.fd)):

@@ -441,6 +441,28 @@ def test_a_shard_that_is_damaged_there_is_fetched_again_once(s3, bucket, source,
         read_shard(remote.reader)
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("cut", [False, True])
+def test_what_the_server_has_goes_by_the_policy(bucket, faults, source, tmp_path, tokens_NL, cut, ranges):
+    """Damage that was there before anything was fetched, which the sha256 or the row's own digest tells."""
+    if cut:
+        os.truncate(source / SHARD, 12 * STRIDE)
+    else:
+        flip_row(source)
+    bucket(source)
+    cache = Cache(tmp_path / "cache", 2**30 * ranges, patience=Patience(1, 10, first_wait_seconds=0.001))
+    data = ValData(
+        "s3://bucket/manifest.jsonl", "auto", LENGTH - 1, VOCAB, cache=cache, ignore_parse_errors=True
+    )
+    for _ in range(2):
+        rows = read_shard(data.reader)
+        assert np.flatnonzero(~rows.good_B).tolist() == (list(range(12, ROWS)) if cut else [BAD])
+        np.testing.assert_array_equal(rows.tokens_BL[rows.good_B], tokens_NL[ROWS : 2 * ROWS][rows.good_B])
+    data.reader.settle()
+    with pytest.raises((OSError, ValueError), match=rf"{URL}: .*(after 3 fetches|the manifest says)"):
+        read_shard(ValData("s3://bucket/manifest.jsonl", "auto", LENGTH - 1, VOCAB, cache=cache).reader)
+
+
 def test_a_server_that_is_gone_is_named(s3, tmp_path):
     remote = Remote(tmp_path / "cache")
     remote.flip_row()
