@@ -20,8 +20,8 @@ class _Place(NamedTuple):
 class Staging:
     """Pinned memory through which tensors go to a GPU, allocated once per shape.
 
-    With `x.pin_memory()` for each, a trace of 41m on an H100 shows the GPU idle for 6 to 8 of a step's 73 ms between
-    two copies: allocating pinned memory may wait until the GPU has nothing left to do.
+    With `x.pin_memory()` for each, a trace of 41m on an H100 shows the GPU idle for 6 to 8 of a step's 73 ms
+    between two copies: allocating pinned memory may wait until the GPU has nothing left to do.
     """
 
     def __init__(self, device: torch.device) -> None:
