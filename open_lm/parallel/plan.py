@@ -224,7 +224,8 @@ def compiles(asked: bool | None, device: torch.device, world_size: int) -> bool:
         return asked
     found = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     on = device.type == "cuda" and world_size == 1 and found is not None and has_triton()
-    torch._dynamo.config.suppress_errors = on  # pyright: ignore[reportAttributeAccessIssue]
+    if on:  # else torch's compiler need not be imported, which takes seconds
+        torch._dynamo.config.suppress_errors = True  # pyright: ignore[reportAttributeAccessIssue]
     return on
 
 
