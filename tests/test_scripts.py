@@ -56,7 +56,8 @@ def test_slurm_saves_and_comes_back(tmp_path, status) -> None:
     assert "requeue" in options
     assert options["signal"].startswith("B:USR1@")
     (tmp_path / "srun").write_text(
-        f'#!/bin/bash\ntrap "echo saved; exit {status}" USR1\nsleep 0.3  # until the script has its own trap\ntouch started\nwhile :; do sleep 0.1; done\n'
+        f'#!/bin/bash\ntrap "echo saved; exit {status}" USR1\nsleep 0.3\n'  # until the script has its own trap
+        "touch started\nwhile :; do sleep 0.1; done\n"
     )
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" > requeued\n')
     for name in ("srun", "scontrol"):
